@@ -1,0 +1,1 @@
+"""Model families, their registry, the module table, and loading."""

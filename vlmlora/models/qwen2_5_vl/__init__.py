@@ -1,0 +1,28 @@
+"""Qwen2.5-VL (https://arxiv.org/abs/2502.13923)."""
+
+from transformers import Qwen2_5_VLConfig
+
+from vlmlora.models.qwen2_5_vl.modules import Qwen2_5_VLForConditionalGeneration
+from vlmlora.models.qwen2_5_vl.processing import load_processor
+from vlmlora.models.registry import Family, register
+
+register(
+    Family(
+        model_type="qwen2_5_vl",
+        config_class=Qwen2_5_VLConfig,
+        model=Qwen2_5_VLForConditionalGeneration,
+        parts=(
+            ("model.visual.blocks", "vision"),
+            ("model.visual.merger", "projector"),
+            ("model.language_model", "language"),
+            ("lm_head", "head"),
+        ),
+        roles=(("self_attn", "attention"), ("attn", "attention"), ("mlp", "mlp")),
+        key_renames=(
+            (r"^visual\.", "model.visual."),
+            (r"^model\.(?!visual\.|language_model\.)", "model.language_model."),
+        ),
+        ignored_keys=(r"\.inv_freq$",),
+        processor=load_processor,
+    )
+)

@@ -1,0 +1,396 @@
+"""Qwen2.5-VL as Flax modules with Hugging Face's names.
+
+Matches transformers' ``models/qwen2_5_vl/modeling_qwen2_5_vl.py``. Repeated layers are one module whose
+arrays have a leading layer axis.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+from transformers import Qwen2_5_VLConfig
+
+from vlmlora.nn.attention import attention
+from vlmlora.nn.cache import KVCache
+from vlmlora.nn.linear import Embedding, Linear
+from vlmlora.nn.mlp import GatedMLP, gelu
+from vlmlora.nn.norm import RMSNorm
+from vlmlora.nn.rotary import Rotary, apply_rotary, axial_rotary, inverse_frequencies, multimodal_rotary
+from vlmlora.nn.stack import Remat, scan_layers
+from vlmlora.nn.variables import parameter
+from vlmlora.quantization.weights import DenseWeight
+
+
+class PatchEmbed(nnx.Module):
+    """Linear embedding of flattened patches; its kernel is stored as the convolution that it is."""
+
+    def __init__(self, config, *, dtype: DTypeLike):
+        kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.proj = PatchConv(config.in_channels, config.hidden_size, kernel, dtype=dtype)
+
+    def __call__(
+        self, pixel_values: Float[Array, "rows patches values"]
+    ) -> Float[Array, "rows patches hidden"]:
+        """Embed every patch."""
+        return self.proj(pixel_values)
+
+
+class PatchConv(nnx.Module):
+    """A convolution whose stride is its kernel, applied to patches that are already cut out."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, ...], *, dtype: DTypeLike):
+        self.weight = parameter((out_channels, in_channels, *kernel), dtype, stack=None, init="normal")
+
+    def __call__(self, patches: Float[Array, "*batch values"]) -> Float[Array, "*batch hidden"]:
+        """Multiply each flattened patch by the flattened kernel."""
+        kernel = self.weight.get_value()
+        return patches.astype(kernel.dtype) @ DenseWeight(kernel.reshape(kernel.shape[0], -1))
+
+
+class VisionAttention(nnx.Module):
+    """Multi-head attention over an image, or over each of its windows."""
+
+    def __init__(self, config, *, dtype: DTypeLike, stack: int):
+        self.num_heads = config.num_heads
+        self.head_dim = config.hidden_size // config.num_heads
+        self.window = window_slots(config)
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=True, dtype=dtype, stack=stack)
+        self.proj = Linear(config.hidden_size, config.hidden_size, bias=True, dtype=dtype, stack=stack)
+
+    def __call__(
+        self,
+        x: Float[Array, "rows patches hidden"],
+        rotary: Rotary,
+        *,
+        segment_ids: Int[Array, "rows patches"] | None,
+        is_full: jax.Array | bool,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "rows patches hidden"]:
+        """Attend to the whole segment where `is_full`, else to the window that a patch stands in."""
+        qkv = self.qkv(x, key=key).reshape(*x.shape[:2], 3, self.num_heads, self.head_dim)
+        query, keys, values = (qkv[:, :, i] for i in range(3))
+        query, keys = apply_rotary(query, rotary), apply_rotary(keys, rotary)
+
+        def full(query, keys, values):
+            return attention(query, keys, values, segment_ids=segment_ids)
+
+        def windowed(query, keys, values):
+            blocks = [a.reshape(-1, self.window, *a.shape[2:]) for a in (query, keys, values)]
+            lengths = None
+            if segment_ids is not None:
+                filled = (segment_ids.reshape(-1, self.window) > 0).sum(-1)
+                # A key too many in an empty window keeps its softmax finite; nothing reads the result.
+                lengths = jnp.maximum(filled, 1).astype(jnp.int32)
+            return attention(*blocks, kv_lengths=lengths).reshape(query.shape)
+
+        if isinstance(is_full, bool):
+            out = (full if is_full else windowed)(query, keys, values)
+        else:
+            out = jax.lax.cond(is_full, full, windowed, query, keys, values)
+        return self.proj(out.reshape(x.shape), key=key)
+
+
+class VisionBlock(nnx.Module):
+    """Pre-norm transformer block of the vision tower."""
+
+    def __init__(self, config, *, dtype: DTypeLike, stack: int):
+        self.stack = stack
+        shared = {"dtype": dtype, "stack": stack}
+        self.norm1 = RMSNorm(config.hidden_size, eps=1e-6, **shared)
+        self.norm2 = RMSNorm(config.hidden_size, eps=1e-6, **shared)
+        self.attn = VisionAttention(config, **shared)
+        self.mlp = GatedMLP(
+            config.hidden_size, config.intermediate_size, hidden_act=config.hidden_act, bias=True, **shared
+        )
+
+    def __call__(self, x, rotary: Rotary, *, segment_ids, is_full, key: PRNGKeyArray | None = None):
+        """Attention and MLP, each with a residual connection."""
+        x = x + self.attn(self.norm1(x), rotary, segment_ids=segment_ids, is_full=is_full, key=key)
+        return x + self.mlp(self.norm2(x), key=key)
+
+
+class PatchMerger(nnx.Module):
+    """Joins each square of neighbouring patches into one token of the language model."""
+
+    def __init__(self, config, *, dtype: DTypeLike):
+        width = config.hidden_size * config.spatial_merge_size**2
+        self.ln_q = RMSNorm(config.hidden_size, eps=1e-6, dtype=dtype)
+        self.mlp = MergerMLP(width, config.out_hidden_size, dtype=dtype)
+        self.width = width
+
+    def __call__(self, x: Float[Array, "rows patches hidden"]) -> Float[Array, "rows tokens d_model"]:
+        """Normalise, concatenate and project."""
+        x = self.ln_q(x)
+        return self.mlp(x.reshape(x.shape[0], -1, self.width))
+
+
+class MergerMLP(nnx.Module):
+    """Two linear layers, numbered as in the checkpoint."""
+
+    def __init__(self, width: int, out_features: int, *, dtype: DTypeLike):
+        setattr(self, "0", Linear(width, width, bias=True, dtype=dtype))
+        setattr(self, "2", Linear(width, out_features, bias=True, dtype=dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``linear(gelu(linear(x)))``."""
+        return getattr(self, "2")(gelu(getattr(self, "0")(x)))
+
+
+class VisionTower(nnx.Module):
+    """Vision transformer with windowed and full attention."""
+
+    def __init__(self, config, *, dtype: DTypeLike):
+        self.window = window_slots(config)
+        self.is_full = tuple(i in config.fullatt_block_indexes for i in range(config.depth))
+        head_dim = config.hidden_size // config.num_heads
+        self.theta = _rope_theta(config, default=10000.0)
+        self.rotary_dim = head_dim // 2
+        self.patch_embed = PatchEmbed(config, dtype=dtype)
+        self.blocks = VisionBlock(config, dtype=dtype, stack=config.depth)
+        self.merger = PatchMerger(config, dtype=dtype)
+
+    def __call__(
+        self,
+        pixel_values: Float[Array, "rows patches values"],
+        patch_positions: Int[Array, "rows patches 2"],
+        segment_ids: Int[Array, "rows patches"] | None = None,
+        *,
+        remat: Remat | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "rows tokens d_model"]:
+        """Patches in window order → image tokens in the same order.
+
+        Args:
+            pixel_values: flattened patches; each attention window fills one aligned block of slots.
+            patch_positions: row and column of every patch.
+            segment_ids: the frame that a patch belongs to, from 1; 0 marks an empty slot. None: every row is
+                one frame without an empty slot.
+            remat: wraps the body of the layers' scan.
+            key: for adapter dropout.
+
+        Raises:
+            ValueError: the number of slots is no multiple of the window's.
+        """
+        if pixel_values.shape[1] % self.window:
+            raise ValueError(
+                f"pixel_values has {pixel_values.shape[1]} patch slots a row, "
+                f"needed a multiple of the attention window's {self.window}"
+            )
+        x = self.patch_embed(pixel_values)
+        rotary = axial_rotary(patch_positions, inverse_frequencies(self.rotary_dim, self.theta))
+        mixed = len(set(self.is_full)) > 1
+
+        def call(block, x, is_full, *, key):
+            is_full = self.is_full[0] if is_full is None else is_full
+            return block(x, rotary, segment_ids=segment_ids, is_full=is_full, key=key), None
+
+        flags = jnp.array(self.is_full) if mixed else None
+        x, _ = scan_layers(self.blocks, x, call, per_layer=flags, key=key, remat=remat)
+        return self.merger(x)
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query attention of the decoder."""
+
+    def __init__(self, config, *, dtype: DTypeLike, stack: int):
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        width, kv_width = config.hidden_size, config.num_key_value_heads * self.head_dim
+        shared = {"dtype": dtype, "stack": stack}
+        self.q_proj = Linear(width, width, bias=True, **shared)
+        self.k_proj = Linear(width, kv_width, bias=True, **shared)
+        self.v_proj = Linear(width, kv_width, bias=True, **shared)
+        self.o_proj = Linear(width, width, bias=False, **shared)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch tokens hidden"],
+        rotary: Rotary,
+        *,
+        segment_ids: Int[Array, "batch tokens"] | None = None,
+        cache: KVCache | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "batch tokens hidden"], KVCache | None]:
+        """Attend within the row, or to one layer's `cache`, which is returned with the new tokens in it."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        query = apply_rotary(self.q_proj(x, key=key).reshape(heads), rotary)
+        keys = apply_rotary(self.k_proj(x, key=key).reshape(heads), rotary)
+        values = self.v_proj(x, key=key).reshape(heads)
+        if cache is None:
+            out = attention(query, keys, values, is_causal=True, segment_ids=segment_ids)
+        else:
+            cache = cache.append(keys, values)
+            out = attention(query, cache.keys, cache.values, mask=cache.mask(query.shape[1]))
+        return self.o_proj(out.reshape(x.shape), key=key), cache
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm decoder layer."""
+
+    def __init__(self, config, *, dtype: DTypeLike, stack: int):
+        self.stack = stack
+        shared = {"dtype": dtype, "stack": stack}
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **shared)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **shared)
+        self.self_attn = Attention(config, **shared)
+        self.mlp = GatedMLP(
+            config.hidden_size, config.intermediate_size, hidden_act=config.hidden_act, bias=False, **shared
+        )
+
+    def __call__(self, x, rotary: Rotary, *, segment_ids=None, cache=None, key: PRNGKeyArray | None = None):
+        """Attention and MLP, each with a residual connection; returns the layer's cache too."""
+        attended, cache = self.self_attn(
+            self.input_layernorm(x), rotary, segment_ids=segment_ids, cache=cache, key=key
+        )
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x), key=key), cache
+
+
+class TextModel(nnx.Module):
+    """The decoder: embeddings, layers and the final norm."""
+
+    def __init__(self, config, *, dtype: DTypeLike):
+        self.mrope_section = tuple(config.rope_parameters["mrope_section"])
+        self.theta = _rope_theta(config, default=1_000_000.0)
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.num_key_value_heads = config.num_key_value_heads
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.layers = DecoderLayer(config, dtype=dtype, stack=config.num_hidden_layers)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+
+    def __call__(
+        self,
+        inputs_embeds: Float[Array, "batch tokens hidden"],
+        position_ids: Int[Array, "3 batch tokens"],
+        segment_ids: Int[Array, "batch tokens"] | None = None,
+        *,
+        cache: KVCache | None = None,
+        remat: Remat | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "batch tokens hidden"], KVCache | None]:
+        """Embeddings → final hidden states, and the cache where one was given."""
+        rotary = multimodal_rotary(
+            position_ids, inverse_frequencies(self.head_dim, self.theta), self.mrope_section
+        )
+
+        def call(layer, x, layer_arrays, *, key):
+            layer_cache = None if cache is None else cache.with_layer(*layer_arrays)
+            x, layer_cache = layer(x, rotary, segment_ids=segment_ids, cache=layer_cache, key=key)
+            return x, None if layer_cache is None else (layer_cache.keys, layer_cache.values)
+
+        arrays = None if cache is None else (cache.keys, cache.values)
+        x, arrays = scan_layers(self.layers, inputs_embeds, call, per_layer=arrays, key=key, remat=remat)
+        return self.norm(x), None if cache is None else cache.advance(*arrays, inputs_embeds.shape[1])
+
+
+class Qwen2_5_VLModel(nnx.Module):
+    """Vision tower and decoder."""
+
+    def __init__(self, config: Qwen2_5_VLConfig, *, dtype: DTypeLike):
+        self.visual = VisionTower(config.vision_config, dtype=dtype)
+        self.language_model = TextModel(config.text_config, dtype=dtype)
+
+
+class Qwen2_5_VLForConditionalGeneration(nnx.Module):
+    """Qwen2.5-VL with its language-model head.
+
+    Args:
+        config: transformers' config.
+        dtype: type of the dense parameters and of the computation.
+
+    Raises:
+        ValueError: the config asks for something that the decoder does not have (sliding windows, scaled
+            rotary positions).
+    """
+
+    def __init__(self, config: Qwen2_5_VLConfig, *, dtype: DTypeLike):
+        _check_config(config)
+        text = config.text_config
+        self.model = Qwen2_5_VLModel(config, dtype=dtype)
+        tied = config.tie_word_embeddings
+        self.lm_head = nnx.data(
+            None if tied else Linear(text.hidden_size, text.vocab_size, bias=False, dtype=dtype)
+        )
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "batch tokens"],
+        position_ids: Int[Array, "3 batch tokens"],
+        segment_ids: Int[Array, "batch tokens"] | None = None,
+        pixel_values: Float[Array, "rows patches values"] | None = None,
+        patch_positions: Int[Array, "rows patches 2"] | None = None,
+        image_segment_ids: Int[Array, "rows patches"] | None = None,
+        image_token_index: Int[Array, "batch tokens"] | None = None,
+        *,
+        cache: KVCache | None = None,
+        remat: Remat | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "batch tokens hidden"], KVCache | None]:
+        """Final hidden states (`logits` turns them into logits), and the cache where one was given.
+
+        Args:
+            input_ids: token ids.
+            position_ids: temporal, height and width position of every token.
+            segment_ids: the sample of a packed row that a token belongs to, from 1; 0 marks padding. None:
+                one sample a row, padded on the right, which causal attention alone keeps apart.
+            pixel_values: flattened patches of the batch's images; see `VisionTower`.
+            patch_positions: row and column of every patch.
+            image_segment_ids: frame of every patch.
+            image_token_index: for an image token, its place among the vision tower's flattened output; -1
+                elsewhere.
+            cache: keys and values of earlier tokens.
+            remat: wraps the body of the layers' scans.
+            key: for adapter dropout.
+        """
+        embeds = self.model.language_model.embed_tokens(input_ids)
+        vision_key, text_key = (None, None) if key is None else jax.random.split(key)
+        if pixel_values is not None:
+            features = self.model.visual(
+                pixel_values, patch_positions, image_segment_ids, remat=remat, key=vision_key
+            )
+            features = features.reshape(-1, features.shape[-1]).astype(embeds.dtype)
+            is_image = image_token_index >= 0
+            embeds = jnp.where(
+                is_image[..., None], features[jnp.where(is_image, image_token_index, 0)], embeds
+            )
+        return self.model.language_model(
+            embeds, position_ids, segment_ids, cache=cache, remat=remat, key=text_key
+        )
+
+    @property
+    def head(self) -> Linear | DenseWeight:
+        """What turns hidden states into logits: the head's layer, or the tied embedding as a weight."""
+        return self.lm_head or DenseWeight(self.model.language_model.embed_tokens.weight.get_value())
+
+    def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
+        """Logits of final hidden states."""
+        return hidden @ self.head if isinstance(self.head, DenseWeight) else self.head(hidden)
+
+    def init_cache(self, batch: int, length: int, dtype: DTypeLike) -> KVCache:
+        """An empty cache for `batch` rows of `length` tokens."""
+        text = self.model.language_model
+        return KVCache.empty(
+            text.layers.stack, batch, length, text.num_key_value_heads, text.head_dim, dtype=dtype
+        )
+
+
+def window_slots(config) -> int:
+    """Patch slots of one attention window."""
+    merge = config.spatial_merge_size
+    return (config.window_size // config.patch_size // merge) ** 2 * merge**2
+
+
+def _rope_theta(config, *, default: float) -> float:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return float(parameters.get("rope_theta", default))
+
+
+def _check_config(config: Qwen2_5_VLConfig) -> None:
+    text = config.text_config
+    rope_type = text.rope_parameters.get("rope_type", "default")
+    if rope_type != "default":
+        raise ValueError(
+            f"rope_type={rope_type!r} is not supported for {config.model_type}; needed 'default'"
+        )
+    if "sliding_attention" in (text.layer_types or []):
+        raise ValueError(f"sliding-window attention is not supported for {config.model_type}")

@@ -1,0 +1,54 @@
+"""Scaled dot-product attention on the fastest implementation that the device and the mask allow."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def attention(
+    query: Float[Array, "batch q_tokens heads head_dim"],
+    key: Float[Array, "batch kv_tokens kv_heads head_dim"],
+    value: Float[Array, "batch kv_tokens kv_heads head_dim"],
+    *,
+    is_causal: bool = False,
+    segment_ids: Int[Array, "batch q_tokens"] | None = None,
+    kv_lengths: Int[Array, " batch"] | None = None,
+    mask: Bool[Array, "batch #q_tokens kv_tokens"] | None = None,
+) -> Float[Array, "batch q_tokens heads head_dim"]:
+    """Attention with grouped key-value heads.
+
+    Args:
+        query, key, value: projections with their rotary positions applied.
+        is_causal: a token sees itself and what stands before it in the row.
+        segment_ids: a token sees only tokens of its own segment; 0 marks padding.
+        kv_lengths: a row's keys from this length on are padding.
+        mask: True where a query may see a key.
+
+    Returns:
+        The weighted values, in the type of `query`. Rows of padding hold finite numbers without meaning.
+    """
+    if segment_ids is not None:
+        same = segment_ids[:, :, None] == segment_ids[:, None, :]
+        mask = same if mask is None else mask & same
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        is_causal=is_causal,
+        mask=None if mask is None else mask[:, None],
+        key_value_seq_lengths=kv_lengths,
+        implementation=_implementation(query, key, mask),
+    )
+
+
+def _implementation(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> str:
+    """cuDNN's fused kernels where they apply: 16-bit, no dense mask, even lengths, head size up to 128."""
+    fused = (
+        jax.default_backend() == "gpu"
+        and query.dtype in (jnp.bfloat16, jnp.float16)
+        and mask is None
+        and query.shape[1] % 2 == key.shape[1] % 2 == 0
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] <= 128
+    )
+    return "cudnn" if fused else "xla"

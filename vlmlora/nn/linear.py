@@ -1,0 +1,59 @@
+"""Linear layer. It holds a weight that knows how to multiply, and perhaps an adapter."""
+
+import jax
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from vlmlora.nn.variables import Frozen, abstract_array, parameter
+from vlmlora.quantization.weights import DenseWeight
+
+
+class Linear(nnx.Module):
+    """``y = x @ W.T + b``, plus what an adapter adds.
+
+    Attributes:
+        weight: a `vlmlora.quantization.weights.Weight` of shape [out_features, in_features].
+        bias: [out_features], or None.
+        adapter: None, or a module called as ``adapter(x, y, base=self, key=key)`` that returns the new y.
+        stack: number of layers on the leading axis of every array; None where the layer does not repeat.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        dtype: DTypeLike,
+        stack: int | None = None,
+    ):
+        self.in_features = in_features
+        self.out_features = out_features
+        self.stack = stack
+        shape = (out_features, in_features)
+        self.weight = Frozen(DenseWeight(abstract_array(shape, dtype, stack)), init="normal")
+        self.bias = nnx.data(parameter((out_features,), dtype, stack=stack, init="zeros") if bias else None)
+        self.adapter = nnx.data(None)
+
+    def __call__(
+        self, x: Float[Array, "*batch in_features"], *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*batch out_features"]:
+        """Apply the layer; `key` drives the adapter's dropout, and None switches it off."""
+        y = x @ self.weight.get_value()
+        if self.bias is not None:
+            y = y + self.bias.get_value().astype(y.dtype)
+        if self.adapter is not None:
+            y = self.adapter(x, y, base=self, key=key)
+        return y
+
+
+class Embedding(nnx.Module):
+    """Token embedding table."""
+
+    def __init__(self, num_embeddings: int, features: int, *, dtype: DTypeLike):
+        self.weight = parameter((num_embeddings, features), dtype, stack=None, init="normal")
+
+    def __call__(self, input_ids: jax.Array) -> jax.Array:
+        """Rows of the table: int [...] → [..., features]."""
+        return self.weight.get_value()[input_ids]

@@ -1,0 +1,71 @@
+"""Feed-forward blocks."""
+
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from vlmlora.nn.linear import Linear
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact GELU, as ``torch.nn.GELU()``."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """GELU with the tanh approximation."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """``x * sigmoid(1.702 x)``."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": gelu,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "quick_gelu": quick_gelu,
+}
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """The activation that a Hugging Face config calls `name`.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(f"hidden_act={name!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+class GatedMLP(nnx.Module):
+    """``down(act(gate(x)) * up(x))`` (SwiGLU with silu, https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        hidden_act: str,
+        bias: bool,
+        dtype: DTypeLike,
+        stack: int | None = None,
+    ):
+        shared = {"bias": bias, "dtype": dtype, "stack": stack}
+        self.gate_proj = Linear(hidden_size, intermediate_size, **shared)
+        self.up_proj = Linear(hidden_size, intermediate_size, **shared)
+        self.down_proj = Linear(intermediate_size, hidden_size, **shared)
+        self.act = activation(hidden_act)
+
+    def __call__(
+        self, x: Float[Array, "*batch hidden"], *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*batch hidden"]:
+        """Apply the block; `key` drives adapter dropout."""
+        hidden = self.act(self.gate_proj(x, key=key)) * self.up_proj(x, key=key)
+        return self.down_proj(hidden, key=key)

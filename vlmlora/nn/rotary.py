@@ -1,0 +1,55 @@
+"""Rotary position embeddings (https://arxiv.org/abs/2104.09864) on one or several axes of position."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+Rotary = tuple[Float[Array, "*batch half"], Float[Array, "*batch half"]]
+
+
+def inverse_frequencies(dim: int, theta: float) -> np.ndarray:
+    """``theta ** (-2i / dim)`` for i in [0, dim / 2), float32."""
+    return (1.0 / theta ** (np.arange(0, dim, 2, dtype=np.float32) / dim)).astype(np.float32)
+
+
+def multimodal_rotary(
+    position_ids: Int[Array, "3 batch tokens"], inv_freq: np.ndarray, mrope_section: tuple[int, ...]
+) -> Rotary:
+    """Cosine and sine for positions with a temporal, a height and a width axis (Qwen2-VL's M-RoPE).
+
+    Args:
+        position_ids: temporal, height and width position of every token.
+        inv_freq: [head_dim / 2] inverse frequencies.
+        mrope_section: how many consecutive frequencies each axis drives; they sum to head_dim / 2.
+
+    Returns:
+        cos and sin, each float32 [batch, tokens, head_dim / 2].
+    """
+    axis = np.repeat(np.arange(len(mrope_section)) % 3, mrope_section)
+    angles = jnp.moveaxis(position_ids[axis], 0, -1).astype(jnp.float32) * inv_freq
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def axial_rotary(positions: Int[Array, "*batch axes"], inv_freq: np.ndarray) -> Rotary:
+    """Cosine and sine for patches on a grid; each axis drives an equal share of the frequencies.
+
+    Args:
+        positions: coordinates of every patch, e.g. (row, column).
+        inv_freq: [head_dim / 2 / axes] inverse frequencies, the same for each axis.
+
+    Returns:
+        cos and sin, each float32 [*batch, head_dim / 2].
+    """
+    angles = positions[..., None].astype(jnp.float32) * inv_freq
+    angles = angles.reshape(*positions.shape[:-1], -1)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rotary(
+    x: Float[Array, "*batch heads head_dim"], rotary: Rotary
+) -> Float[Array, "*batch heads head_dim"]:
+    """Rotate each pair (i, i + head_dim / 2) of the last axis by its angle, in float32."""
+    cos, sin = (a[..., None, :] for a in rotary)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
