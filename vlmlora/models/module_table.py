@@ -79,7 +79,7 @@ def linear_modules(model: nnx.Module) -> dict[str, Linear]:
 
 
 def stacked_name(model: nnx.Module, path: str) -> str:
-    """A path in the tree as a Hugging Face name, with ``{layer}`` where the number of a stacked layer stands."""
+    """A path in the tree as a Hugging Face name, with ``{layer}`` where a stacked layer's number stands."""
     module, parts = model, path.split(".")
     for i, part in enumerate(parts):
         module = getattr(module, part, None)

@@ -366,9 +366,10 @@ class Qwen2_5_VLForConditionalGeneration(nnx.Module):
         """Logits of final hidden states."""
         return hidden @ self.head if isinstance(self.head, DenseWeight) else self.head(hidden)
 
-    def init_cache(self, batch: int, length: int, dtype: DTypeLike) -> KVCache:
-        """An empty cache for `batch` rows of `length` tokens."""
+    def init_cache(self, batch: int, length: int) -> KVCache:
+        """An empty cache for `batch` rows of `length` tokens, in the type of the embeddings."""
         text = self.model.language_model
+        dtype = text.embed_tokens.weight.get_value().dtype
         return KVCache.empty(
             text.layers.stack, batch, length, text.num_key_value_heads, text.head_dim, dtype=dtype
         )
