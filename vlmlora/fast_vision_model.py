@@ -1,0 +1,365 @@
+"""The door that Unsloth users know: load a model, choose what learns, save the adapter."""
+
+import json
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Int, PyTree
+from rich.console import Console
+from transformers import PreTrainedConfig
+
+from vlmlora.data.processing import VisionLanguageProcessor
+from vlmlora.generation.greedy import greedy_decode
+from vlmlora.lora.apply import add_adapters, trainable_parameters
+from vlmlora.lora.config import LoraConfig, reject_unknown_arguments
+from vlmlora.lora.peft_format import load_adapter_into, save_adapter
+from vlmlora.lora.selection import select
+from vlmlora.models.hub import resolve
+from vlmlora.models.loading import load_model, read_config, resolve_load_mode, save_checkpoint
+from vlmlora.models.module_table import ModuleTable, module_table
+from vlmlora.models.registry import family_of
+from vlmlora.nn.variables import Trainable
+from vlmlora.training.remat import remat_policy
+
+
+class FastVisionModel:
+    """A loaded vision-language model, and the functions that Unsloth's class of this name has.
+
+    Make one with `from_pretrained`; `split` gives the pieces of a functional training loop.
+
+    Attributes:
+        module: the Flax module.
+        config: transformers' config.
+        lora_config: the adapter's arguments; None without one.
+        use_gradient_checkpointing: for `vlmlora.training.loss.make_loss_fn`.
+        max_seq_length: tokens a row may have.
+        full_finetuning: whether every parameter is trainable.
+
+    Example:
+        >>> model, processor = FastVisionModel.from_pretrained("unsloth/Qwen2.5-VL-7B-Instruct-bnb-4bit")
+        ... # doctest: +SKIP
+        >>> model = FastVisionModel.get_peft_model(model, r=16)  # doctest: +SKIP
+        >>> graphdef, adapters, frozen = model.split()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        module: nnx.Module,
+        config: PreTrainedConfig,
+        *,
+        name_or_path: str,
+        revision: str | None = None,
+        eos_token_ids: tuple[int, ...] = (),
+        pad_token_id: int = 0,
+        max_seq_length: int = 2048,
+        use_gradient_checkpointing: bool | str = "unsloth",
+        full_finetuning: bool = False,
+    ):
+        self.module = module
+        self.config = config
+        self.name_or_path = name_or_path
+        self.revision = revision
+        self.eos_token_ids = eos_token_ids
+        self.pad_token_id = pad_token_id
+        self.max_seq_length = max_seq_length
+        self.use_gradient_checkpointing = use_gradient_checkpointing
+        self.full_finetuning = full_finetuning
+        self.lora_config: LoraConfig | None = None
+        self.training = True
+
+    @staticmethod
+    def from_pretrained(
+        model_name: str | PathLike[str],
+        *,
+        max_seq_length: int = 2048,
+        dtype: DTypeLike | None = None,
+        load_in_4bit: bool = True,
+        load_in_8bit: bool = False,
+        load_in_16bit: bool = False,
+        full_finetuning: bool = False,
+        token: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        use_gradient_checkpointing: bool | str = "unsloth",
+        random_state: int = 3407,
+        progress: bool = True,
+        **unknown: Any,
+    ) -> tuple["FastVisionModel", VisionLanguageProcessor]:
+        """Load a model and its processor from a directory or a hub repository.
+
+        Args:
+            model_name: a directory or repository with ``config.json`` and safetensors, in 16 or 32 bit or
+                quantised by bitsandbytes; or a PEFT adapter, whose base is loaded with it.
+            max_seq_length: tokens that a row of a batch may have.
+            dtype: type of the computation and of the weights that are not quantised. None: bfloat16, or
+                float32 where the device is a CPU, which has no fast bfloat16.
+            load_in_4bit: quantise a 16-bit checkpoint to NF4 while loading, as bitsandbytes does. What the
+                checkpoint stores quantised is loaded as it is stored.
+            load_in_8bit: quantise to INT8 instead.
+            load_in_16bit: do not quantise.
+            full_finetuning: make every parameter trainable; nothing is quantised.
+            token: for private repositories.
+            revision: branch, tag or commit of the repository.
+            local_files_only: use what is in the cache already.
+            use_gradient_checkpointing: False, True or ``"unsloth"``; see `vlmlora.training.remat`.
+            random_state: seed of what is drawn while loading a directory that holds an adapter; kept for
+                `get_peft_model`'s sake.
+            progress: show a bar with bytes and rate.
+            unknown: refused.
+
+        Returns:
+            The model and its processor.
+
+        Raises:
+            TypeError: unknown argument; the message names the nearest.
+            ValueError: two load modes at once, an unsupported model, or a checkpoint that does not fit its
+                config; every tensor concerned is named.
+            FileNotFoundError: no such directory or repository, or no network and nothing in the cache.
+        """
+        _reject_unknown(FastVisionModel.from_pretrained, unknown)
+        remat_policy(use_gradient_checkpointing)
+        quantize = resolve_load_mode(
+            load_in_4bit=load_in_4bit,
+            load_in_8bit=load_in_8bit,
+            load_in_16bit=load_in_16bit,
+            full_finetuning=full_finetuning,
+        )
+        hub = {"token": token, "local_files_only": local_files_only}
+        directory = resolve(model_name, revision=revision, **hub)
+        adapter, base, base_revision = None, str(model_name), revision
+        if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
+            adapter, (base, base_revision) = directory, _base_of(directory)
+            directory = resolve(base, revision=base_revision, **hub)
+
+        config = read_config(directory)
+        dtype = default_dtype() if dtype is None else dtype
+        processor = VisionLanguageProcessor(
+            family_of(config).processor(directory, config), max_seq_length=max_seq_length
+        )
+        module = load_model(
+            directory, config, dtype=dtype, quantize=quantize, trainable=full_finetuning, progress=progress
+        )
+        model = FastVisionModel(
+            module,
+            config,
+            name_or_path=base,
+            revision=base_revision,
+            eos_token_ids=_eos_token_ids(directory, config, processor),
+            pad_token_id=processor.tokenizer.pad_token_id or 0,
+            max_seq_length=max_seq_length,
+            use_gradient_checkpointing=use_gradient_checkpointing,
+            full_finetuning=full_finetuning,
+        )
+        if adapter is not None:
+            model.lora_config = load_adapter_into(module, model.module_table, adapter)
+        return model, processor
+
+    @staticmethod
+    def get_peft_model(
+        model: "FastVisionModel",
+        r: int = 16,
+        target_modules: str | Sequence[str] | None = None,
+        lora_alpha: int | float = 16,
+        lora_dropout: float = 0.0,
+        bias: str = "none",
+        finetune_vision_layers: bool = True,
+        finetune_language_layers: bool = True,
+        finetune_attention_modules: bool = True,
+        finetune_mlp_modules: bool = True,
+        finetune_last_n_layers: int | None = None,
+        layers_to_transform: int | Sequence[int] | None = None,
+        layers_pattern: str | Sequence[str] | None = None,
+        use_gradient_checkpointing: bool | str = "unsloth",
+        random_state: int = 3407,
+        use_rslora: bool = False,
+        modules_to_save: str | Sequence[str] | None = None,
+        init_lora_weights: bool | str = True,
+        loftq_config: Mapping[str, Any] | None = None,
+        task_type: str | None = "CAUSAL_LM",
+        target_parameters: Sequence[str] | None = None,
+        ensure_weight_tying: bool = False,
+        *,
+        finetune_projector: bool = False,
+        use_dora: bool = False,
+        rank_pattern: Mapping[str, int] | None = None,
+        alpha_pattern: Mapping[str, int | float] | None = None,
+        exclude_modules: str | Sequence[str] | None = None,
+        lora_bias: bool = False,
+        trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+        verbose: bool = True,
+        **unknown: Any,
+    ) -> "FastVisionModel":
+        """Put LoRA adapters on the chosen modules, in place, and show the choice as a table.
+
+        The arguments and their defaults are Unsloth's and PEFT's; `vlmlora.lora.config.LoraConfig` explains
+        each, and `vlmlora.lora.selection.select` how modules are chosen.
+
+        Args:
+            model: from `from_pretrained`.
+            use_gradient_checkpointing: False, True or ``"unsloth"``; see `vlmlora.training.remat`.
+            random_state: seed of the adapters' initial values; touches no other generator.
+            verbose: print the table of selected modules.
+            unknown: refused.
+
+        Returns:
+            The same model.
+
+        Raises:
+            TypeError: unknown argument; the message names the nearest.
+            ValueError: the arguments contradict each other or the model, or the model has adapters already.
+            NotImplementedError: an argument that is not supported yet.
+        """
+        arguments = {k: v for k, v in locals().items() if k in LoraConfig.__dataclass_fields__}
+        _reject_unknown(FastVisionModel.get_peft_model, unknown)
+        remat_policy(use_gradient_checkpointing)
+        if model.full_finetuning:
+            raise ValueError(
+                "the model was loaded with full_finetuning=True, which trains every parameter; "
+                "load it without to train an adapter"
+            )
+        config = LoraConfig(**arguments, base_model_name_or_path=model.name_or_path, revision=model.revision)
+        selection = select(model.module_table, config)
+        add_adapters(model.module, selection, config, jax.random.key(random_state))
+        model.lora_config = config
+        model.use_gradient_checkpointing = use_gradient_checkpointing
+        if verbose:
+            Console().print(selection.summary())
+        return model
+
+    @staticmethod
+    def for_training(
+        model: "FastVisionModel", use_gradient_checkpointing: bool | str | None = None
+    ) -> "FastVisionModel":
+        """Set the model to train, with another kind of checkpointing if one is given; returns it.
+
+        Raises:
+            ValueError: unknown kind of checkpointing.
+        """
+        if use_gradient_checkpointing is not None:
+            remat_policy(use_gradient_checkpointing)
+            model.use_gradient_checkpointing = use_gradient_checkpointing
+        model.training = True
+        return model
+
+    @staticmethod
+    def for_inference(model: "FastVisionModel") -> "FastVisionModel":
+        """Set the model to infer; returns it. Dropout needs a key here, so nothing else changes."""
+        model.training = False
+        return model
+
+    @property
+    def module_table(self) -> ModuleTable:
+        """Every linear module of the model."""
+        return module_table(self.config)
+
+    def split(self) -> tuple[nnx.GraphDef, PyTree, PyTree]:
+        """The model as (structure, trainable parameters, frozen parameters).
+
+        The two pytrees share the model's arrays. `vlmlora.make_loss_fn` takes the structure.
+        """
+        return nnx.split(self.module, Trainable, ...)
+
+    def update(self, adapters: PyTree) -> None:
+        """Put trained parameters, as `split` gave them, back into the model."""
+        nnx.update(self.module, adapters)
+
+    def print_trainable_parameters(self) -> None:
+        """Print the count of trainable parameters, of all, and their share, as PEFT does."""
+        trainable = trainable_parameters(self.module)
+        total = _parameters(family_of(self.config).model(self.config, dtype=jnp.float32))
+        total += 0 if self.full_finetuning else trainable
+        share = 100 * trainable / total
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")
+
+    def save_pretrained(self, directory: str | PathLike[str]) -> None:
+        """Write the adapter in PEFT's format, or after full fine-tuning the whole checkpoint.
+
+        Raises:
+            ValueError: the model has neither adapters nor trainable parameters.
+        """
+        if self.lora_config is not None:
+            save_adapter(directory, self.module, self.module_table, self.lora_config)
+        elif self.full_finetuning:
+            save_checkpoint(self.module, self.config, directory)
+        else:
+            raise ValueError("the model has no adapter to save; make one with FastVisionModel.get_peft_model")
+
+    def generate(
+        self,
+        batch: Mapping[str, np.ndarray],
+        *,
+        max_new_tokens: int = 128,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+    ) -> Int[Array, "batch max_new_tokens"]:
+        """Continue every prompt greedily.
+
+        Args:
+            batch: prompts from ``processor.collate``.
+            max_new_tokens: tokens at most.
+            eos_token_id: tokens that end a row; None: those of the generation config.
+            pad_token_id: fills a row after its end; None: the tokenizer's.
+
+        Returns:
+            The new tokens alone; ``processor.batch_decode`` reads them.
+
+        Raises:
+            ValueError: `max_new_tokens` is less than 1.
+        """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens}: it must be at least 1")
+        ends = self.eos_token_ids if eos_token_id is None else np.atleast_1d(eos_token_id).tolist()
+        graphdef, state = nnx.split(self.module)
+        return greedy_decode(
+            graphdef,
+            state,
+            dict(batch),
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=tuple(ends),
+            pad_token_id=self.pad_token_id if pad_token_id is None else pad_token_id,
+        )
+
+
+def default_dtype() -> DTypeLike:
+    """bfloat16, or float32 where the default device is a CPU."""
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
+def _reject_unknown(function: Any, unknown: Mapping[str, Any]) -> None:
+    code = function.__code__
+    known = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    reject_unknown_arguments(unknown, known, caller=function.__name__)
+
+
+def _base_of(adapter: Path) -> tuple[str, str | None]:
+    fields = json.loads((adapter / "adapter_config.json").read_text())
+    base = fields.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"{adapter / 'adapter_config.json'} has no base_model_name_or_path; "
+            "write the base model's directory or repository there"
+        )
+    return base, fields.get("revision")
+
+
+def _eos_token_ids(
+    directory: Path, config: PreTrainedConfig, processor: VisionLanguageProcessor
+) -> tuple[int, ...]:
+    """End tokens of the generation config, else of the config, else of the tokenizer."""
+    file = directory / "generation_config.json"
+    declared = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+    for candidate in (declared, config.get_text_config().eos_token_id, processor.tokenizer.eos_token_id):
+        if candidate is not None:
+            return tuple(np.atleast_1d(candidate).tolist())
+    return ()
+
+
+def _parameters(module: nnx.Module) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module)))
