@@ -1,0 +1,78 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.jaxprs import output_shapes
+from vlmlora.training.loss import IGNORE_INDEX, cross_entropy, next_token_labels
+
+TOKENS, HIDDEN, VOCAB = 37, 8, 53
+
+
+@pytest.fixture
+def problem():
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(TOKENS, HIDDEN)), jnp.float32)
+    head = jnp.asarray(rng.normal(size=(VOCAB, HIDDEN)), jnp.float32)
+    labels = rng.integers(0, VOCAB, TOKENS)
+    labels[::3] = IGNORE_INDEX
+    return hidden, head, jnp.asarray(labels)
+
+
+def reference(hidden, head, labels):
+    losses = optax.softmax_cross_entropy_with_integer_labels(hidden @ head.T, jnp.maximum(labels, 0))
+    return jnp.sum(jnp.where(labels == IGNORE_INDEX, 0, losses))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 8, 37, 1000])
+def test_chunks_change_neither_the_loss_nor_its_gradient(problem, chunk_size):
+    hidden, head, labels = problem
+
+    def chunked(hidden, head):
+        return cross_entropy(hidden, lambda h: h @ head.T, labels, chunk_size=chunk_size)
+
+    # float32 sums over 37 tokens in another order.
+    np.testing.assert_allclose(chunked(hidden, head), reference(hidden, head, labels), rtol=1e-5)
+    ours = jax.grad(chunked, argnums=(0, 1))(hidden, head)
+    theirs = jax.grad(reference, argnums=(0, 1))(hidden, head, labels)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_no_more_than_a_chunk_of_logits_exists(problem):
+    hidden, head, labels = problem
+    loss = jax.grad(lambda h: cross_entropy(h, lambda x: x @ head.T, labels, chunk_size=8))
+    rows = {shape[-2] for shape in output_shapes(jax.make_jaxpr(loss)(hidden)) if shape[-1:] == (VOCAB,)}
+    # The transposed head [hidden, vocab] has 8 rows as well.
+    assert rows == {8}
+
+
+def test_a_frozen_head_gets_no_gradient(problem):
+    hidden, head, labels = problem
+
+    def loss(hidden, head):
+        return cross_entropy(hidden, lambda x: x @ head.T, labels, chunk_size=5)
+
+    frozen = output_shapes(jax.make_jaxpr(jax.grad(loss, argnums=0))(hidden, head))
+    trained = output_shapes(jax.make_jaxpr(jax.grad(loss, argnums=1))(hidden, head))
+    assert (VOCAB, HIDDEN) in trained
+    assert (VOCAB, HIDDEN) not in frozen
+
+
+def test_large_logits_in_bfloat16_do_not_lose_the_log_sum_exp():
+    hidden = jnp.full((4, 8), 12.0, jnp.bfloat16)
+    head = jnp.asarray(np.linspace(-1, 1, 16)[:, None] * np.ones((1, 8)), jnp.bfloat16)
+    labels = jnp.array([0, 5, 10, 15])
+    logits = (hidden @ head.T).astype(jnp.float32)
+    expected = jnp.sum(jax.nn.logsumexp(logits, -1) - logits[jnp.arange(4), labels])
+    result = cross_entropy(hidden, lambda h: h @ head.T, labels)
+    assert result.dtype == jnp.float32
+    np.testing.assert_allclose(result, expected, rtol=1e-6)
+
+
+def test_a_label_belongs_to_the_position_before_it_and_never_to_another_sample():
+    labels = jnp.array([[IGNORE_INDEX, 4, 5, 6, 7, 8]])
+    assert next_token_labels(labels).tolist() == [[4, 5, 6, 7, 8, IGNORE_INDEX]]
+    packed = next_token_labels(labels, jnp.array([[1, 1, 1, 2, 2, 0]]))
+    assert packed.tolist() == [[4, 5, IGNORE_INDEX, 7, IGNORE_INDEX, IGNORE_INDEX]]
