@@ -1,0 +1,37 @@
+"""Write a result with what is needed to repeat it."""
+
+import datetime
+import json
+import platform
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+def environment() -> dict[str, Any]:
+    """Device, versions, command and date."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("jax", "flax", "optax", "transformers", "vlmlora")},
+        "command": shlex.join(["python", "-m", _module(), *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def save(file: Path, result: dict[str, Any]) -> None:
+    """Write `result` beside the environment, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps({**environment(), **result}, indent=2) + "\n")
+    temporary.rename(file)
+
+
+def _module() -> str:
+    spec = sys.modules["__main__"].__spec__
+    return spec.name if spec else Path(sys.argv[0]).stem

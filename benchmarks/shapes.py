@@ -1,0 +1,72 @@
+"""Models of known size, and batches of known work for them."""
+
+import numpy as np
+from transformers import PreTrainedConfig, Qwen2_5_VLConfig
+
+from vlmlora.models.qwen2_5_vl.positions import IMAGE, mrope_position_ids, vision_layout
+
+
+def qwen2_5_vl_7b() -> Qwen2_5_VLConfig:
+    """The shape of Qwen/Qwen2.5-VL-7B-Instruct."""
+    text = {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 128000,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    }
+    vision = {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+        "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+        "tokens_per_second": 2,
+    }
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+
+
+CONFIGS = {"qwen2_5_vl-7b": qwen2_5_vl_7b}
+
+
+def image_text_batch(
+    config: PreTrainedConfig, rows: int, tokens: int, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Rows of `tokens` tokens with one 448×448 image each (1024 patches, 256 tokens), labelled in the last
+    quarter.
+
+    Every slot of every row holds a token or a patch, so the batch has no segment ids.
+    """
+    rng = np.random.default_rng(seed)
+    vision = config.vision_config
+    merge, side, start = vision.spatial_merge_size, 448 // vision.patch_size, 9
+    count = (side // merge) ** 2
+    input_ids = rng.integers(0, 256, (rows, tokens)).astype(np.int32)
+    input_ids[:, start - 1] = config.vision_start_token_id
+    input_ids[:, start : start + count] = config.image_token_id
+    input_ids[:, start + count] = config.vision_end_token_id
+    labels = input_ids.copy()
+    labels[:, : 3 * tokens // 4] = -100
+    position_ids, _ = mrope_position_ids(
+        np.where(input_ids == config.image_token_id, IMAGE, 0),
+        image_grid_thw=np.array([[1, side, side]] * rows),
+        spatial_merge_size=merge,
+    )
+    layout = vision_layout([[1, side, side]], vision.patch_size, vision.window_size, merge)
+    index = np.full(input_ids.shape, -1, np.int32)
+    index[:, start : start + count] = layout.token_slots + count * np.arange(rows)[:, None]
+    values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    return {
+        "input_ids": input_ids,
+        "labels": labels,
+        "position_ids": position_ids,
+        "pixel_values": rng.normal(size=(rows, layout.num_slots, values)).astype(np.float32),
+        "patch_positions": np.broadcast_to(layout.patch_positions, (rows, layout.num_slots, 2)).copy(),
+        "image_token_index": index,
+    }
