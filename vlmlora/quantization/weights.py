@@ -5,12 +5,25 @@ leading layer axis; `jax.lax.scan` slices it, and only a weight of one layer mul
 """
 
 import dataclasses
+import functools
 from typing import Any, Protocol, Self, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int8, UInt8
+
+from vlmlora_kernels.int8 import dequantize_int8, matmul_int8, quantize_int8
+from vlmlora_kernels.nf4 import (
+    DYNAMIC_CODE,
+    NESTED_BLOCKSIZE,
+    Absmax,
+    NestedAbsmax,
+    dequantize_4bit,
+    double_quantize,
+    matmul_4bit,
+    quantize_4bit,
+)
 
 Shape = tuple[int, int]
 
@@ -43,6 +56,9 @@ class Weight(Protocol):
 
 class _Arrays:
     """What follows from a weight's arrays alone."""
+
+    # A numpy array on the left must leave `@` to the weight.
+    __array_ufunc__ = None
 
     @property
     def nbytes(self) -> int:
@@ -100,6 +116,173 @@ class DenseWeight(_Arrays):
         return self.value if dtype is None else self.value.astype(dtype)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class NF4Weight(_Arrays):
+    """A weight of 4 bits an element, as bitsandbytes stores it (NF4 or FP4).
+
+    Attributes:
+        codes: two codes a byte, uint8 [bytes] or [layers, bytes].
+        absmax: the scale of each block, float32 [blocks] or doubly quantised; with the layer axis in front.
+        shape: (out, in) of one layer.
+        quant_type: ``"nf4"`` or ``"fp4"``.
+        blocksize: elements that share a scale.
+        dtype: name of the type before quantisation; `dequantize` returns it unless told otherwise.
+    """
+
+    codes: UInt8[Array, "*stack bytes"]
+    absmax: Absmax
+    shape: Shape = dataclasses.field(metadata={"static": True})
+    quant_type: str = dataclasses.field(default="nf4", metadata={"static": True})
+    blocksize: int = dataclasses.field(default=64, metadata={"static": True})
+    dtype: str = dataclasses.field(default="bfloat16", metadata={"static": True})
+
+    @classmethod
+    def abstract(
+        cls,
+        out_features: int,
+        in_features: int,
+        stack: int | None = None,
+        *,
+        double_quant: bool = True,
+        quant_type: str = "nf4",
+        blocksize: int = 64,
+        dtype: str = "bfloat16",
+    ) -> Self:
+        """A weight of shapes only, for building a model before its arrays exist."""
+        size = out_features * in_features
+        blocks = -(-size // blocksize)
+        if double_quant:
+            absmax = NestedAbsmax(
+                codes=_abstract((blocks,), jnp.uint8, stack),
+                absmax=_abstract((-(-blocks // NESTED_BLOCKSIZE),), jnp.float32, stack),
+                code=_abstract(DYNAMIC_CODE.shape, jnp.float32, stack),
+                offset=_abstract((), jnp.float32, stack),
+            )
+        else:
+            absmax = _abstract((blocks,), jnp.float32, stack)
+        codes = _abstract((-(-size // 2),), jnp.uint8, stack)
+        return cls(codes, absmax, (out_features, in_features), quant_type, blocksize, dtype)
+
+    @classmethod
+    def quantize(
+        cls,
+        weight: Float[Array, "*stack out in"],
+        *,
+        double_quant: bool = True,
+        quant_type: str = "nf4",
+        blocksize: int = 64,
+    ) -> Self:
+        """Quantise a matrix, or a stack of them, as bitsandbytes does on a CPU.
+
+        Args:
+            weight: bfloat16, float16 or float32.
+            double_quant: quantise the scales as well.
+            quant_type: ``"nf4"`` or ``"fp4"``.
+            blocksize: elements that share a scale.
+        """
+        return _quantize_4bit(weight, double_quant, quant_type, blocksize)
+
+    @property
+    def stack(self) -> int | None:
+        """Number of layers on the leading axis; None for a weight of one layer."""
+        return self.codes.shape[0] if len(self.codes.shape) == 2 else None
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether the scales are quantised."""
+        return isinstance(self.absmax, NestedAbsmax)
+
+    def __rmatmul__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        """``x @ W.T`` in the type of `x`; a gradient for `x` only, and W is decoded again for it."""
+        _check_operand(x, self)
+        return matmul_4bit(
+            x,
+            self.codes,
+            self.absmax,
+            shape=self.shape,
+            quant_type=self.quant_type,
+            blocksize=self.blocksize,
+        )
+
+    def dequantize(self, dtype: DTypeLike | None = None) -> Float[Array, "*stack out in"]:
+        """Decode to `dtype`, or to the type before quantisation."""
+        decode = functools.partial(
+            dequantize_4bit,
+            shape=self.shape,
+            dtype=jnp.dtype(self.dtype if dtype is None else dtype),
+            quant_type=self.quant_type,
+            blocksize=self.blocksize,
+        )
+        return (decode if self.stack is None else jax.vmap(decode))(self.codes, self.absmax)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class INT8Weight(_Arrays):
+    """A weight of 8 bits an element with one scale a row, as bitsandbytes stores it (LLM.int8()).
+
+    Attributes:
+        codes: int8 [out, in], or [layers, out, in].
+        scale: largest magnitude of each row, float32 [out] or [layers, out]; ``W = codes * scale / 127``.
+        dtype: name of the type before quantisation; `dequantize` returns it unless told otherwise.
+    """
+
+    codes: Int8[Array, "*stack out in"]
+    scale: Float[Array, "*stack out"]
+    dtype: str = dataclasses.field(default="bfloat16", metadata={"static": True})
+
+    @classmethod
+    def abstract(
+        cls, out_features: int, in_features: int, stack: int | None = None, *, dtype: str = "bfloat16"
+    ) -> Self:
+        """A weight of shapes only, for building a model before its arrays exist."""
+        codes = _abstract((out_features, in_features), jnp.int8, stack)
+        return cls(codes, _abstract((out_features,), jnp.float32, stack), dtype)
+
+    @classmethod
+    def quantize(cls, weight: Float[Array, "*stack out in"]) -> Self:
+        """Quantise a matrix, or a stack of them, as bitsandbytes does on a CPU."""
+        return _quantize_int8(weight)
+
+    @property
+    def shape(self) -> Shape:
+        """(out, in) of one layer."""
+        return self.codes.shape[-2:]
+
+    @property
+    def stack(self) -> int | None:
+        """Number of layers on the leading axis; None for a weight of one layer."""
+        return self.codes.shape[0] if len(self.codes.shape) == 3 else None
+
+    def __rmatmul__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        """``x @ W.T`` in the type of `x`; a gradient for `x` only, and W is decoded again for it."""
+        _check_operand(x, self)
+        return matmul_int8(x, self.codes, self.scale)
+
+    def dequantize(self, dtype: DTypeLike | None = None) -> Float[Array, "*stack out in"]:
+        """Decode to `dtype`, or to the type before quantisation."""
+        return dequantize_int8(
+            self.codes, self.scale, dtype=jnp.dtype(self.dtype if dtype is None else dtype)
+        )
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _quantize_4bit(weight, double_quant, quant_type, blocksize):
+    def quantize(matrix):
+        codes, absmax = quantize_4bit(matrix, quant_type=quant_type, blocksize=blocksize)
+        return codes, double_quantize(absmax) if double_quant else absmax
+
+    codes, absmax = (quantize if weight.ndim == 2 else jax.vmap(quantize))(weight)
+    return NF4Weight(codes, absmax, weight.shape[-2:], quant_type, blocksize, weight.dtype.name)
+
+
+@jax.jit
+def _quantize_int8(weight):
+    quantize = quantize_int8 if weight.ndim == 2 else jax.vmap(quantize_int8)
+    return INT8Weight(*quantize(weight), weight.dtype.name)
+
+
 def _abstract(shape: tuple[int, ...], dtype: DTypeLike, stack: int | None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape if stack is None else (stack, *shape), dtype)
 
@@ -107,9 +290,7 @@ def _abstract(shape: tuple[int, ...], dtype: DTypeLike, stack: int | None) -> ja
 def _check_operand(x: Any, weight: Weight) -> None:
     _require_single(weight, "x @ weight")
     if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"x @ weight: x has shape {x.shape}, the weight takes {weight.shape[1]} features (shape {weight.shape})"
-        )
+        raise ValueError(f"x @ weight: x has shape {x.shape}, the weight has shape {weight.shape} [out, in]")
 
 
 def _require_single(weight: Weight, operation: str) -> None:

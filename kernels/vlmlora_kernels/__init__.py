@@ -1,0 +1,29 @@
+"""Kernels for quantised weights: arrays in, arrays out, no model code."""
+
+from vlmlora_kernels.int8 import dequantize_int8, matmul_int8, quantize_int8
+from vlmlora_kernels.nf4 import (
+    CODE_BOOKS,
+    DYNAMIC_CODE,
+    NESTED_BLOCKSIZE,
+    NestedAbsmax,
+    dequantize_4bit,
+    double_dequantize,
+    double_quantize,
+    matmul_4bit,
+    quantize_4bit,
+)
+
+__all__ = [
+    "CODE_BOOKS",
+    "DYNAMIC_CODE",
+    "NESTED_BLOCKSIZE",
+    "NestedAbsmax",
+    "dequantize_4bit",
+    "dequantize_int8",
+    "double_dequantize",
+    "double_quantize",
+    "matmul_4bit",
+    "matmul_int8",
+    "quantize_4bit",
+    "quantize_int8",
+]

@@ -1,0 +1,290 @@
+"""4-bit weights in the layout of bitsandbytes: NF4 and FP4, blockwise scales, doubly quantised scales.
+
+A matrix [out, in] is flattened row by row and cut into blocks of `blocksize` elements (a block may straddle
+rows, the last one may be short). Each block has one float32 scale, its largest magnitude ("absmax"); each
+element is the index of the nearest of 16 values after division by the scale. Two indices share a byte, the
+first in the high nibble. Doubly quantised scales are 8-bit codes of their own, in blocks of 256.
+
+NF4: https://arxiv.org/abs/2305.14314; the 8-bit code: https://arxiv.org/abs/1511.04561. Codes and scales are
+those of bitsandbytes 0.50 on a CPU.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, UInt8
+
+NESTED_BLOCKSIZE = 256
+
+_NF4_LEVELS = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+# One sign, two exponent and one mantissa bit; the largest magnitude, 12, is scaled to 1.
+_FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+
+
+def _code_book(levels: list[float]) -> np.ndarray:
+    book = np.asarray(levels, np.float32)
+    book.flags.writeable = False
+    return book
+
+
+def _fp4_levels() -> list[float]:
+    positive = np.asarray(_FP4_MAGNITUDES, np.float32) / np.float32(12)
+    return [*positive, *(0.0 - positive)]
+
+
+def _dynamic_levels() -> list[float]:
+    """Seven decades of evenly spaced values between 0.1 and 1, twice as many in each next decade."""
+    levels = [0.0, 1.0]
+    for exponent in range(7):
+        count = 2**exponent
+        # As torch.linspace in float32: fused multiply-adds, counted from the nearer end.
+        first, last = np.float32(0.1), np.float32(1.0)
+        step = np.float64((last - first) / np.float32(count))
+        index = np.arange(count + 1)
+        edges = np.where(index <= count // 2, first + step * index, last - step * (count - index))
+        edges = edges.astype(np.float32)
+        means = (edges[:-1] + edges[1:]) / np.float32(2)
+        scaled = means * np.float32(10.0 ** (exponent - 6))
+        levels += [*scaled, *(-scaled)]
+    return sorted(float(level) for level in levels)
+
+
+CODE_BOOKS: dict[str, np.ndarray] = {"nf4": _code_book(list(_NF4_LEVELS)), "fp4": _code_book(_fp4_levels())}
+"""The 16 values of each 4-bit type, by index."""
+
+DYNAMIC_CODE: np.ndarray = _code_book(_dynamic_levels())
+"""The 256 values of the signed 8-bit "dynamic" type that holds doubly quantised scales, ascending."""
+
+_CODE_ORDER = {name: np.argsort(book, kind="stable").astype(np.uint8) for name, book in CODE_BOOKS.items()}
+_BYTE_TABLES = {
+    name: np.stack([book[np.arange(256) >> 4], book[np.arange(256) & 15]], axis=1)
+    for name, book in CODE_BOOKS.items()
+}
+_SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
+
+
+class NestedAbsmax(NamedTuple):
+    """Doubly quantised scales: ``code[codes] * absmax[block // 256] + offset``.
+
+    Attributes:
+        codes: one index into `code` for each block of the weight.
+        absmax: one scale for each 256 codes.
+        code: the values behind the codes.
+        offset: mean of the scales, subtracted before they were quantised.
+    """
+
+    codes: UInt8[Array, " blocks"]
+    absmax: Float[Array, " nested_blocks"]
+    code: Float[Array, "256"]
+    offset: Float[Array, ""]
+
+
+Absmax = Float[Array, " blocks"] | NestedAbsmax
+
+
+def quantize_4bit(
+    weight: Float[Array, "out in"], *, quant_type: str = "nf4", blocksize: int = 64
+) -> tuple[UInt8[Array, " bytes"], Float[Array, " blocks"]]:
+    """Quantise a matrix to 4 bits an element, as ``bitsandbytes.functional.quantize_4bit`` on a CPU.
+
+    Args:
+        weight: float32, bfloat16 or float16, of any shape; the flattened order counts.
+        quant_type: ``"nf4"`` or ``"fp4"``.
+        blocksize: elements that share a scale; even.
+
+    Returns:
+        Packed codes, uint8 [ceil(size / 2)], and float32 scales [ceil(size / blocksize)].
+
+    Raises:
+        ValueError: unknown `quant_type` or odd `blocksize`.
+    """
+    _check_format(quant_type, blocksize)
+    size = weight.size
+    blocks = -(-size // blocksize)
+    flat = jnp.pad(weight.astype(jnp.float32).reshape(-1), (0, blocks * blocksize - size))
+    elements = flat.reshape(blocks, blocksize)
+    absmax = jnp.max(jnp.abs(elements), axis=1)
+    divisor = jnp.where(absmax < _SMALLEST_NORMAL, 1.0, absmax)
+    scaled = elements * (1.0 / divisor)[:, None]
+    if size % blocksize:
+        # bitsandbytes divides in a short last block, and gives it a scale above zero.
+        scaled = scaled.at[-1].set(elements[-1] / divisor[-1])
+        absmax = absmax.at[-1].set(jnp.where(absmax[-1] < _SMALLEST_NORMAL, 1e-38, absmax[-1]))
+    scaled = jnp.clip(scaled, -1.0, 1.0)
+    order = _CODE_ORDER[quant_type]
+    levels = CODE_BOOKS[quant_type][order]
+    rank = jnp.zeros(scaled.shape, jnp.uint8)
+    for bound in (levels[:-1] + levels[1:]) / np.float32(2):
+        rank += (scaled > bound).astype(jnp.uint8)
+    codes = rank if quant_type == "nf4" else jnp.asarray(order)[rank]
+    codes = codes.reshape(-1, 2)
+    return ((codes[:, 0] << 4) | codes[:, 1])[: -(-size // 2)], absmax
+
+
+def dequantize_4bit(
+    codes: UInt8[Array, " bytes"],
+    absmax: Absmax,
+    *,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    quant_type: str = "nf4",
+    blocksize: int = 64,
+) -> Float[Array, "*shape"]:
+    """Decode a matrix: a float32 product of value and scale, rounded once to `dtype`.
+
+    Args:
+        codes: packed codes of `quantize_4bit`.
+        absmax: one scale a block, plain or doubly quantised.
+        shape: shape of the result.
+        dtype: type of the result.
+        quant_type: ``"nf4"`` or ``"fp4"``.
+        blocksize: elements that share a scale; even.
+
+    Returns:
+        What ``bitsandbytes.functional.dequantize_4bit`` returns, bit for bit.
+
+    Raises:
+        ValueError: unknown `quant_type`, odd `blocksize`, or codes or scales that do not fit `shape`.
+    """
+    _check_format(quant_type, blocksize)
+    size = math.prod(shape)
+    blocks = -(-size // blocksize)
+    scales = absmax.codes if isinstance(absmax, NestedAbsmax) else absmax
+    if codes.shape != (-(-size // 2),) or scales.shape != (blocks,):
+        raise ValueError(
+            f"a 4-bit matrix of shape {shape} needs codes [{-(-size // 2)}] and absmax [{blocks}] "
+            f"(blocksize {blocksize}); found {list(codes.shape)} and {list(scales.shape)}"
+        )
+    if isinstance(absmax, NestedAbsmax):
+        absmax = double_dequantize(absmax)
+    # One table row a byte: faster than sixteen entries a nibble on a CPU, as fast on a GPU.
+    padded = jnp.pad(codes, (0, blocks * blocksize // 2 - codes.size))
+    values = jnp.asarray(_BYTE_TABLES[quant_type]).at[padded].get(mode="promise_in_bounds")
+    values = values.reshape(blocks, blocksize) * absmax[:, None]
+    return values.reshape(-1)[:size].reshape(shape).astype(dtype)
+
+
+def double_quantize(
+    absmax: Float[Array, " blocks"], *, offset: Float[Array, ""] | None = None
+) -> NestedAbsmax:
+    """Quantise scales to 8 bits, as ``quantize_4bit(..., compress_statistics=True)`` on a CPU.
+
+    bitsandbytes on a CPU rounds each normalised scale to one of 65536 evenly spaced points before it looks up
+    the nearest code. Given the same offset the result is the same bit for bit; the order in which torch sums
+    the mean depends on the machine, so the default offset may differ by some units in the last place.
+
+    Args:
+        absmax: float32 scales.
+        offset: what to subtract first; None for their mean.
+    """
+    offset = _mean(absmax) if offset is None else offset
+    blocks = -(-absmax.size // NESTED_BLOCKSIZE)
+    centred = jnp.pad(absmax - offset, (0, blocks * NESTED_BLOCKSIZE - absmax.size))
+    centred = centred.reshape(blocks, NESTED_BLOCKSIZE)
+    nested = jnp.max(jnp.abs(centred), axis=1)
+    is_zero = nested < _SMALLEST_NORMAL
+    scaled = jnp.clip(centred * (1.0 / jnp.where(is_zero, 1.0, nested))[:, None], -1.0, 1.0)
+    point = ((scaled + 1.0) * 0.5 * 65535.0 + 0.5).astype(jnp.int32)
+    codes = jnp.asarray(_dynamic_code_of_point()).at[point].get(mode="promise_in_bounds")
+    codes = jnp.where(is_zero[:, None], jnp.uint8(0), codes)
+    return NestedAbsmax(codes.reshape(-1)[: absmax.size], nested, jnp.asarray(DYNAMIC_CODE), offset)
+
+
+def double_dequantize(nested: NestedAbsmax) -> Float[Array, " blocks"]:
+    """Decode doubly quantised scales to float32 as bitsandbytes does: a product, then a sum, each rounded."""
+    codes, absmax, code, offset = nested
+    padded = jnp.pad(codes, (0, absmax.size * NESTED_BLOCKSIZE - codes.size))
+    values = code.at[padded].get(mode="promise_in_bounds")
+    product = values.reshape(-1, NESTED_BLOCKSIZE) * absmax[:, None]
+    # Without the barrier a compiler may fuse the product and the sum into one rounding.
+    product = jax.lax.optimization_barrier(product)
+    return product.reshape(-1)[: codes.size] + offset
+
+
+def matmul_4bit(
+    x: Float[Array, "*batch in"],
+    codes: UInt8[Array, " bytes"],
+    absmax: Absmax,
+    *,
+    shape: tuple[int, int],
+    quant_type: str = "nf4",
+    blocksize: int = 64,
+) -> Float[Array, "*batch out"]:
+    """``x @ W.T`` for a 4-bit W of `shape` [out, in], in the type of `x`.
+
+    Only `x` has a gradient; the cotangents of codes and scales are zero. The backward pass decodes W again:
+    no decoded weight is saved for it.
+
+    Raises:
+        ValueError: as `dequantize_4bit`.
+    """
+    return _matmul(x, codes, absmax, (shape, quant_type, blocksize))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _matmul(x, codes, absmax, layout):
+    return jnp.matmul(x, _decode(codes, absmax, layout, x.dtype).T)
+
+
+def _matmul_fwd(x, codes, absmax, layout):
+    return _matmul(x, codes, absmax, layout), (codes, absmax)
+
+
+def _matmul_bwd(layout, residuals, dy):
+    codes, absmax = residuals
+    return jnp.matmul(dy, _decode(codes, absmax, layout, dy.dtype)), None, None
+
+
+_matmul.defvjp(_matmul_fwd, _matmul_bwd)
+
+
+def _decode(codes, absmax, layout, dtype):
+    shape, quant_type, blocksize = layout
+    return dequantize_4bit(
+        codes, absmax, shape=shape, dtype=dtype, quant_type=quant_type, blocksize=blocksize
+    )
+
+
+def _check_format(quant_type: str, blocksize: int) -> None:
+    if quant_type not in CODE_BOOKS:
+        raise ValueError(f"quant_type={quant_type!r} is not supported; supported: {', '.join(CODE_BOOKS)}")
+    if blocksize < 2 or blocksize % 2:
+        raise ValueError(f"blocksize={blocksize} is not supported; it must be even and positive")
+
+
+def _mean(values: jax.Array) -> jax.Array:
+    """Mean by a tree of short sums, so that the error does not grow with the length."""
+    total = values
+    while total.size > 1:
+        total = jnp.sum(jnp.pad(total, (0, -total.size % 64)).reshape(-1, 64), axis=1)
+    return total.reshape(()) / values.size
+
+
+@functools.cache
+def _dynamic_code_of_point() -> np.ndarray:
+    """Code of each of the 65536 evenly spaced points in [-1, 1] (bitsandbytes' table, in float32)."""
+    points = np.float32(2) * np.arange(65536, dtype=np.float32) / np.float32(65535) - np.float32(1)
+    bounds = (DYNAMIC_CODE[:-1] + DYNAMIC_CODE[1:]) * np.float32(0.5)
+    return np.searchsorted(bounds, points, side="left").astype(np.uint8)
