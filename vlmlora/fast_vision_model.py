@@ -109,8 +109,7 @@ class FastVisionModel:
             revision: branch, tag or commit of the repository.
             local_files_only: use what is in the cache already.
             use_gradient_checkpointing: False, True or ``"unsloth"``; see `vlmlora.training.remat`.
-            random_state: seed of what is drawn while loading a directory that holds an adapter; kept for
-                `get_peft_model`'s sake.
+            random_state: Unsloth has it here too; loading draws nothing at random.
             progress: show a bar with bytes and rate.
             unknown: refused.
 
