@@ -23,7 +23,7 @@ def mrope_position_ids(
     video_grid_thw: Integer[np.ndarray, "videos 3"] | None = None,
     second_per_grid_ts: Sequence[float] | np.ndarray | None = None,
     spatial_merge_size: int = 2,
-    tokens_per_second: float = 2,
+    tokens_per_second: int | float = 2,
 ) -> tuple[Int32[np.ndarray, "3 batch tokens"], Int32[np.ndarray, " batch"]]:
     """Temporal, height and width position of every token.
 

@@ -1,0 +1,1 @@
+from tests.processing.reference import config, directory, family, reference, tokenizer  # noqa: F401
