@@ -47,7 +47,7 @@ class Weight(Protocol):
     def __rmatmul__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """``x @ W.T`` in the type of `x`."""
 
-    def dequantize(self, dtype: DTypeLike | None = None) -> Float[Array, "*stack out in"]:
+    def dequantize(self, dtype: DTypeLike) -> Float[Array, "*stack out in"]:
         """The whole matrix, or matrices, as a plain array."""
 
     def layer(self, index: int) -> "Weight":
@@ -72,8 +72,14 @@ class _Arrays:
             ValueError: the weight has no layer axis.
             IndexError: no such layer.
         """
-        _require_stack(self, "layer(index)")
-        if not isinstance(index, jax.Array) and not -self.stack <= index < self.stack:
+        if self.stack is None:
+            raise ValueError(
+                f"layer(index) needs a weight with a layer axis; this one is a single {self.shape}"
+            )
+        if isinstance(index, jax.Array):
+            slice_leaf = functools.partial(jax.lax.dynamic_index_in_dim, index=index, keepdims=False)
+            return jax.tree.map(slice_leaf, self)
+        if not 0 <= index < self.stack:
             raise IndexError(f"layer {index} of a weight with {self.stack} layers")
         return jax.tree.map(lambda leaf: leaf[index], self)
 
@@ -108,12 +114,12 @@ class DenseWeight(_Arrays):
 
     def __rmatmul__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """``x @ W.T`` in the type of `x`; differentiable in both."""
-        _check_operand(x, self)
+        check_operand(x, self)
         return jnp.matmul(x, self.value.astype(x.dtype).T)
 
-    def dequantize(self, dtype: DTypeLike | None = None) -> Float[Array, "*stack out in"]:
-        """The array itself, cast if `dtype` is given."""
-        return self.value if dtype is None else self.value.astype(dtype)
+    def dequantize(self, dtype: DTypeLike) -> Float[Array, "*stack out in"]:
+        """The array, cast to `dtype`."""
+        return self.value.astype(dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -127,7 +133,7 @@ class NF4Weight(_Arrays):
         shape: (out, in) of one layer.
         quant_type: ``"nf4"`` or ``"fp4"``.
         blocksize: elements that share a scale.
-        dtype: name of the type before quantisation; `dequantize` returns it unless told otherwise.
+        dtype: name of the type before quantisation, which a checkpoint records.
     """
 
     codes: UInt8[Array, "*stack bytes"]
@@ -195,7 +201,7 @@ class NF4Weight(_Arrays):
 
     def __rmatmul__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """``x @ W.T`` in the type of `x`; a gradient for `x` only, and W is decoded again for it."""
-        _check_operand(x, self)
+        check_operand(x, self)
         return matmul_4bit(
             x,
             self.codes,
@@ -205,12 +211,12 @@ class NF4Weight(_Arrays):
             blocksize=self.blocksize,
         )
 
-    def dequantize(self, dtype: DTypeLike | None = None) -> Float[Array, "*stack out in"]:
-        """Decode to `dtype`, or to the type before quantisation."""
+    def dequantize(self, dtype: DTypeLike) -> Float[Array, "*stack out in"]:
+        """Decode to `dtype`."""
         decode = functools.partial(
             dequantize_4bit,
             shape=self.shape,
-            dtype=jnp.dtype(self.dtype if dtype is None else dtype),
+            dtype=dtype,
             quant_type=self.quant_type,
             blocksize=self.blocksize,
         )
@@ -225,20 +231,16 @@ class INT8Weight(_Arrays):
     Attributes:
         codes: int8 [out, in], or [layers, out, in].
         scale: largest magnitude of each row, float32 [out] or [layers, out]; ``W = codes * scale / 127``.
-        dtype: name of the type before quantisation; `dequantize` returns it unless told otherwise.
     """
 
     codes: Int8[Array, "*stack out in"]
     scale: Float[Array, "*stack out"]
-    dtype: str = dataclasses.field(default="bfloat16", metadata={"static": True})
 
     @classmethod
-    def abstract(
-        cls, out_features: int, in_features: int, stack: int | None = None, *, dtype: str = "bfloat16"
-    ) -> Self:
+    def abstract(cls, out_features: int, in_features: int, stack: int | None = None) -> Self:
         """A weight of shapes only, for building a model before its arrays exist."""
         codes = _abstract((out_features, in_features), jnp.int8, stack)
-        return cls(codes, _abstract((out_features,), jnp.float32, stack), dtype)
+        return cls(codes, _abstract((out_features,), jnp.float32, stack))
 
     @classmethod
     def quantize(cls, weight: Float[Array, "*stack out in"]) -> Self:
@@ -257,14 +259,12 @@ class INT8Weight(_Arrays):
 
     def __rmatmul__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """``x @ W.T`` in the type of `x`; a gradient for `x` only, and W is decoded again for it."""
-        _check_operand(x, self)
+        check_operand(x, self)
         return matmul_int8(x, self.codes, self.scale)
 
-    def dequantize(self, dtype: DTypeLike | None = None) -> Float[Array, "*stack out in"]:
-        """Decode to `dtype`, or to the type before quantisation."""
-        return dequantize_int8(
-            self.codes, self.scale, dtype=jnp.dtype(self.dtype if dtype is None else dtype)
-        )
+    def dequantize(self, dtype: DTypeLike) -> Float[Array, "*stack out in"]:
+        """Decode to `dtype`."""
+        return dequantize_int8(self.codes, self.scale, dtype=dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
@@ -280,27 +280,23 @@ def _quantize_4bit(weight, double_quant, quant_type, blocksize):
 @jax.jit
 def _quantize_int8(weight):
     quantize = quantize_int8 if weight.ndim == 2 else jax.vmap(quantize_int8)
-    return INT8Weight(*quantize(weight), weight.dtype.name)
+    return INT8Weight(*quantize(weight))
 
 
 def _abstract(shape: tuple[int, ...], dtype: DTypeLike, stack: int | None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape if stack is None else (stack, *shape), dtype)
 
 
-def _check_operand(x: Any, weight: Weight) -> None:
-    _require_single(weight, "x @ weight")
-    if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x @ weight: x has shape {x.shape}, the weight has shape {weight.shape} [out, in]")
+def check_operand(x: Any, weight: Weight) -> None:
+    """Refuse ``x @ weight`` for a weight that still has its layer axis, and for an `x` of another width.
 
-
-def _require_single(weight: Weight, operation: str) -> None:
+    Raises:
+        ValueError: either.
+    """
     if weight.stack is not None:
         raise ValueError(
-            f"{operation} needs the weight of one layer, but this one stacks {weight.stack}; "
+            f"x @ weight needs the weight of one layer, but this one stacks {weight.stack}; "
             "slice it with .layer(i) or under jax.lax.scan"
         )
-
-
-def _require_stack(weight: Weight, operation: str) -> None:
-    if weight.stack is None:
-        raise ValueError(f"{operation} needs a weight with a layer axis; this one is a single {weight.shape}")
+    if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x @ weight: x has shape {x.shape}, the weight has shape {weight.shape} [out, in]")
