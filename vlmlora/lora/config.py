@@ -1,0 +1,246 @@
+"""What an adapter is: PEFT's LoraConfig fields, and the flags that choose parts of a model."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+INIT_METHODS = (
+    *(True, False, "gaussian"),
+    *("orthogonal", "pissa", "pissa_niter_[number]", "olora", "loftq", "eva"),
+)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Arguments of LoRA, with PEFT's names and Unsloth's defaults.
+
+    Every argument of the signature is checked when the config is made, so nothing is built from one that is
+    wrong or not supported.
+
+    Attributes:
+        r: rank.
+        target_modules: None (what the flags choose), ``"all-linear"`` (every flag on), a list of module names
+            (each the whole name or a dotted suffix), or a regular expression matched in full.
+        lora_alpha: the adapter's output is scaled by ``lora_alpha / r``, or ``lora_alpha / sqrt(r)``.
+        lora_dropout: probability that an element of the adapter's input is dropped in training.
+        bias: which biases train; only ``"none"``.
+        finetune_vision_layers: adapt the vision tower.
+        finetune_language_layers: adapt the language model.
+        finetune_attention_modules: adapt attention projections.
+        finetune_mlp_modules: adapt feed-forward projections.
+        finetune_last_n_layers: of the language model's layers, adapt the last n only. Other parts are left
+            to their own flags.
+        layers_to_transform: adapt only layers with these numbers. A module that a list names in full is
+            adapted all the same, as in PEFT.
+        layers_pattern: name of the module list that `layers_to_transform` counts in; None for any.
+        use_rslora: scale by ``lora_alpha / sqrt(r)`` (https://arxiv.org/abs/2312.03732).
+        modules_to_save: modules trained in full; not supported.
+        init_lora_weights: True (A Kaiming-uniform, B zero), False (both as a linear layer starts), or
+            ``"gaussian"`` (A normal, B zero).
+        loftq_config: not supported.
+        task_type: ``"CAUSAL_LM"``.
+        target_parameters: not supported.
+        ensure_weight_tying: not supported.
+        finetune_projector: adapt the projector between the vision tower and the language model.
+        use_dora: not supported.
+        rank_pattern: name or regular expression at a name's end → rank. Layers that share a stacked module
+            need one rank.
+        alpha_pattern: the same for `lora_alpha`; it may differ from layer to layer.
+        exclude_modules: modules never adapted, as a list or a regular expression like `target_modules`.
+        lora_bias: not supported.
+        trainable_token_indices: not supported.
+        base_model_name_or_path: the base model, written to the adapter's files.
+        revision: its revision, likewise.
+
+    Raises:
+        ValueError: a value is out of range or two arguments exclude each other.
+        NotImplementedError: an argument has a value that is not supported.
+    """
+
+    r: int = 16
+    target_modules: str | Sequence[str] | None = None
+    lora_alpha: int | float = 16
+    lora_dropout: int | float = 0.0
+    bias: str = "none"
+    finetune_vision_layers: bool = True
+    finetune_language_layers: bool = True
+    finetune_attention_modules: bool = True
+    finetune_mlp_modules: bool = True
+    finetune_last_n_layers: int | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+    use_rslora: bool = False
+    modules_to_save: str | Sequence[str] | None = None
+    init_lora_weights: bool | str = True
+    loftq_config: Mapping[str, Any] | None = None
+    task_type: str | None = "CAUSAL_LM"
+    target_parameters: Sequence[str] | None = None
+    ensure_weight_tying: bool = False
+    finetune_projector: bool = False
+    use_dora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, int | float] = field(default_factory=dict)
+    exclude_modules: str | Sequence[str] | None = None
+    lora_bias: bool = False
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+
+    @classmethod
+    def from_arguments(cls, arguments: Mapping[str, Any]) -> "LoraConfig":
+        """A config from keyword arguments.
+
+        Raises:
+            TypeError: an argument is unknown; the message names the nearest.
+            ValueError: see the class.
+            NotImplementedError: see the class.
+        """
+        reject_unknown_arguments(arguments, [f.name for f in fields(cls)], caller="LoraConfig")
+        return cls(**arguments)
+
+    def __post_init__(self):
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                object.__setattr__(self, name, _names(name, value))
+        if self.layers_to_transform is not None:
+            object.__setattr__(self, "layers_to_transform", _layer_numbers(self.layers_to_transform))
+        for name in ("rank_pattern", "alpha_pattern"):
+            object.__setattr__(self, name, dict(getattr(self, name) or {}))
+        if self.task_type is not None:
+            object.__setattr__(self, "task_type", str(getattr(self.task_type, "value", self.task_type)))
+        self._check_numbers()
+        self._check_selection()
+        self._check_supported()
+
+    def _check_numbers(self):
+        for name, r in {"r": self.r, **_pattern_items("rank_pattern", self.rank_pattern)}.items():
+            if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+                raise ValueError(f"{name}={r!r}: a rank must be an integer of at least 1")
+        for name, alpha in {
+            "lora_alpha": self.lora_alpha,
+            **_pattern_items("alpha_pattern", self.alpha_pattern),
+        }.items():
+            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
+                raise ValueError(f"{name}={alpha!r}: it must be a positive number")
+        if isinstance(self.lora_dropout, bool) or not 0 <= self.lora_dropout < 1:
+            raise ValueError(
+                f"lora_dropout={self.lora_dropout!r}: a probability of at least 0 and less than 1"
+            )
+        n = self.finetune_last_n_layers
+        if n is not None and (isinstance(n, bool) or n < 1):
+            raise ValueError(f"finetune_last_n_layers={n!r}: it must be an integer of at least 1, or None")
+
+    def _check_selection(self):
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            value = getattr(self, name)
+            patterns = [value] if isinstance(value, str) else value if name == "layers_pattern" else None
+            for pattern in patterns or []:
+                _check_regex(name, pattern)
+            if value is not None and name != "layers_pattern" and not value:
+                raise ValueError(f"{name}={value!r} names no module; pass None for the default")
+        for name in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, name):
+                _check_regex(name, pattern)
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform, the numbers it counts"
+            )
+        if self.finetune_last_n_layers is not None and self.layers_to_transform is not None:
+            raise ValueError(
+                f"finetune_last_n_layers={self.finetune_last_n_layers} and "
+                f"layers_to_transform={self.layers_to_transform} both choose layers; pass one of them"
+            )
+
+    def _check_supported(self):
+        _check_choice("bias", self.bias, ("none", "all", "lora_only"))
+        _check_choice("task_type", self.task_type, ("CAUSAL_LM", None))
+        init = self.init_lora_weights
+        if not (isinstance(init, str) and re.fullmatch(r"pissa_niter_\d+", init)):
+            _check_choice("init_lora_weights", init, INIT_METHODS)
+        unsupported = {
+            "bias": self.bias != "none",
+            "init_lora_weights": init not in (True, False, "gaussian"),
+            **{
+                name: bool(getattr(self, name))
+                for name in (
+                    *("modules_to_save", "loftq_config", "target_parameters", "ensure_weight_tying"),
+                    *("use_dora", "lora_bias", "trainable_token_indices"),
+                )
+            },
+        }
+        for name, found in unsupported.items():
+            if found:
+                default = next(f for f in fields(self) if f.name == name).default
+                raise NotImplementedError(
+                    f"{name}={getattr(self, name)!r} is not supported yet; the default is {default!r}"
+                )
+
+    def rank_of(self, name: str) -> int:
+        """Rank of the module `name`: the first matching `rank_pattern`, else `r`."""
+        return _first_match(self.rank_pattern, name, self.r)
+
+    def alpha_of(self, name: str) -> int | float:
+        """`lora_alpha` of the module `name`: the first matching `alpha_pattern`, else `lora_alpha`."""
+        return _first_match(self.alpha_pattern, name, self.lora_alpha)
+
+    def scaling_of(self, name: str) -> float:
+        """Factor on the adapter's output for the module `name`."""
+        r = self.rank_of(name)
+        return self.alpha_of(name) / (r**0.5 if self.use_rslora else r)
+
+
+def reject_unknown_arguments(arguments: Iterable[str], known: Iterable[str], *, caller: str) -> None:
+    """Fail on a keyword argument that `caller` does not have.
+
+    Raises:
+        TypeError: the message names the nearest argument that exists.
+    """
+    known = list(known)
+    for name in arguments:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; it takes {', '.join(known)}"
+            raise TypeError(f"{caller} has no argument {name!r}{hint}")
+
+
+def pattern_matches(pattern: str, name: str) -> bool:
+    """Whether a key of `rank_pattern` or `alpha_pattern` is meant for the module `name`, by PEFT's rule."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def _first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    return next((value for pattern, value in patterns.items() if pattern_matches(pattern, name)), default)
+
+
+def _pattern_items(argument: str, patterns: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{argument}[{pattern!r}]": value for pattern, value in patterns.items()}
+
+
+def _names(argument: str, value: Iterable[str]) -> tuple[str, ...]:
+    names = tuple(sorted(value) if isinstance(value, set | frozenset) else value)
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{argument}={names!r}: {name!r} is not a module name")
+    return names
+
+
+def _layer_numbers(value: int | Sequence[int]) -> tuple[int, ...]:
+    numbers = (value,) if isinstance(value, int) else tuple(value)
+    if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
+        raise ValueError(f"layers_to_transform={value!r}: layer numbers are integers of at least 0")
+    return numbers
+
+
+def _check_regex(argument: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{argument}: {pattern!r} is not a regular expression: {error}") from error
+
+
+def _check_choice(argument: str, value: Any, choices: Sequence[Any]) -> None:
+    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+        raise ValueError(f"{argument}={value!r}: it must be one of {', '.join(map(repr, choices))}")
