@@ -1,0 +1,209 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import peft
+import pytest
+import torch
+from flax import nnx
+
+from vlmlora.lora.apply import adapted_modules, add_adapters, remove_adapters, trainable_parameters
+from vlmlora.lora.config import LoraConfig
+from vlmlora.lora.init import init_lora
+from vlmlora.lora.layer import Lora
+from vlmlora.lora.selection import select
+from vlmlora.models.module_table import linear_modules
+from vlmlora.nn.linear import Linear
+from vlmlora.nn.stack import scan_layers
+from vlmlora.nn.variables import Trainable
+from vlmlora.quantization.weights import DenseWeight
+
+IN, OUT, R = 6, 5, 2
+
+
+def draw(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def linear_with(adapter, *, stack=None, seed=0):
+    linear = Linear(IN, OUT, bias=True, dtype=jnp.float32, stack=stack)
+    lead = () if stack is None else (stack,)
+    linear.weight.set_value(DenseWeight(draw(seed, *lead, OUT, IN)))
+    linear.bias.set_value(draw(seed + 1, *lead, OUT))
+    linear.adapter = adapter
+    return linear
+
+
+def stacked_adapter(layers, **kwargs):
+    n = len(layers)
+    scaling = jnp.arange(1.0, n + 1)
+    return Lora(draw(2, n, R, IN), draw(3, n, OUT, R), scaling, layers=tuple(layers), **kwargs)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_forward_and_gradients_equal_peft(use_rslora):
+    config = {"r": R, "lora_alpha": 3, "use_rslora": use_rslora}
+    oracle = peft.get_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(IN, OUT)),
+        peft.LoraConfig(**config, target_modules=["0"], init_lora_weights=False),
+    ).base_model.model[0]
+    A, B = (oracle.lora_A["default"].weight, oracle.lora_B["default"].weight)
+    as_jax = [jnp.asarray(p.detach().numpy()) for p in (oracle.weight, oracle.bias, A, B)]
+    scaling = jnp.float32(LoraConfig(**config).scaling_of("0"))
+    linear = linear_with(Lora(as_jax[2], as_jax[3], scaling))
+    linear.weight.set_value(DenseWeight(as_jax[0]))
+    linear.bias.set_value(as_jax[1])
+    x = draw(4, 7, IN)
+
+    graphdef, adapters, frozen = nnx.split(linear, Trainable, ...)
+    value, grads = jax.value_and_grad(lambda a: jnp.sum(nnx.merge(graphdef, a, frozen)(x) ** 2))(adapters)
+    expected = (oracle(torch.tensor(np.asarray(x))) ** 2).sum()
+    expected.backward()
+    # float32 on both sides; only the order of sums differs.
+    np.testing.assert_allclose(value, expected.item(), rtol=1e-5)
+    np.testing.assert_allclose(grads["adapter"]["lora_A"].get_value(), A.grad, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(grads["adapter"]["lora_B"].get_value(), B.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_computes_in_the_type_of_its_input_and_keeps_float32_parameters():
+    adapter = Lora(draw(2, R, IN), draw(3, OUT, R), jnp.float32(0.7))
+    x = draw(4, 3, IN)
+    full = adapter(x, jnp.zeros((3, OUT)), base=None)
+    half = adapter(x.astype(jnp.bfloat16), jnp.zeros((3, OUT), jnp.bfloat16), base=None)
+    assert half.dtype == jnp.bfloat16
+    assert adapter.lora_A.get_value().dtype == jnp.float32
+    # bfloat16 keeps 8 bits, and the sums have few terms.
+    np.testing.assert_allclose(half.astype(jnp.float32), full, rtol=0.05, atol=0.05)
+
+
+def test_dropout_scales_what_it_keeps_and_is_off_without_a_key():
+    p = 0.25
+    adapter = Lora(jnp.eye(IN), jnp.eye(IN), jnp.float32(1.0), dropout=p)
+    x, zero = jnp.ones((2000, IN)), jnp.zeros((2000, IN))
+    key = jax.random.key(0)
+    y = adapter(x, zero, base=None, key=key)
+    assert set(np.unique(y)) == {0.0, np.float32(1 / (1 - p))}
+    # Twelve thousand draws: the mean of y has standard deviation 0.005.
+    assert abs(float(y.mean()) - 1) < 0.03
+    np.testing.assert_array_equal(y, adapter(x, zero, base=None, key=key))
+    np.testing.assert_array_equal(adapter(x, zero, base=None), x)
+
+
+def test_modules_that_share_a_key_drop_different_elements():
+    x, zero, key = jnp.ones((64, IN)), jnp.zeros((64, IN)), jax.random.key(0)
+    one, two = (Lora(jnp.eye(IN), jnp.eye(IN), jnp.float32(1), dropout=0.5, salt=salt) for salt in (1, 2))
+    assert bool(jnp.any(one(x, zero, base=None, key=key) != two(x, zero, base=None, key=key)))
+
+
+@pytest.mark.parametrize("layers", [[1, 3], [0, 1, 2, 3]])
+def test_a_scan_applies_the_adapter_to_its_layers_only(layers):
+    stack = 4
+    adapter = stacked_adapter(layers)
+
+    class Tower(nnx.Module):
+        def __init__(self):
+            self.stack = stack
+            self.proj = linear_with(adapter, stack=stack)
+
+    tower = Tower()
+    x = draw(5, 3, IN)
+
+    def outputs(adapters):
+        module = nnx.merge(graphdef, adapters, frozen)
+        return scan_layers(module, x, lambda layer, x, _, *, key: (x, layer.proj(x, key=key)))[1]
+
+    graphdef, adapters, frozen = nnx.split(tower, Trainable, ...)
+    found = outputs(adapters)
+    for layer in range(stack):
+        plain = x @ tower.proj.weight.get_value().value[layer].T + tower.proj.bias.get_value()[layer]
+        if layer in layers:
+            i = layers.index(layer)
+            A, B = adapter.lora_A.get_value()[i], adapter.lora_B.get_value()[i]
+            plain = plain + (i + 1) * (x @ A.T) @ B.T
+        np.testing.assert_allclose(found[layer], plain, rtol=1e-4, atol=1e-4)
+
+    grads = jax.grad(lambda a: jnp.sum(outputs(a) ** 2))(adapters)
+    moments = optax.adam(1e-3).init(adapters)[0].mu
+    for tree in (grads, moments):
+        assert [leaf.shape[0] for leaf in jax.tree.leaves(tree)] == [len(layers)] * 2
+    assert all(bool(jnp.any(leaf != 0, axis=(1, 2)).all()) for leaf in jax.tree.leaves(grads))
+
+
+def test_a_stacked_adapter_is_not_called_whole_nor_expanded_too_short():
+    adapter = stacked_adapter([0, 3])
+    with pytest.raises(ValueError, match="one layer at a time"):
+        adapter(draw(0, 3, IN), draw(0, 3, OUT), base=None)
+    with pytest.raises(ValueError, match="does not fit 3 stacked layers"):
+        adapter.expand(3)
+
+
+@pytest.mark.parametrize("method", [True, False, "gaussian"])
+def test_initialisation_has_pefts_distribution(method):
+    n_in, n_out, r = 64, 48, 16
+    torch.manual_seed(0)
+    oracle = peft.get_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(n_in, n_out)),
+        peft.LoraConfig(r=r, target_modules=["0"], init_lora_weights=method),
+    ).base_model.model[0]
+    A, B = init_lora(jax.random.key(0), ["m"], in_features=n_in, out_features=n_out, r=r, method=method)
+    for ours, theirs in ((A[0], oracle.lora_A["default"].weight), (B[0], oracle.lora_B["default"].weight)):
+        theirs = theirs.detach().numpy()
+        assert ours.shape == theirs.shape
+        # At least 768 draws each: a standard deviation is known to about 3 %, a mean to 0.04 of one.
+        assert float(ours.std()) == pytest.approx(theirs.std(), rel=0.15)
+        assert abs(float(ours.mean()) - theirs.mean()) <= 0.2 * theirs.std()
+        if method is not False and theirs.any() and method != "gaussian":
+            bound = n_in**-0.5
+            assert 0.95 * bound < np.abs(ours).max() <= bound
+
+
+def test_a_modules_start_depends_on_its_name_and_the_key_only(table, flax_model, tiny_config):
+    def start(config, seed=0):
+        remove_adapters(flax_model)
+        add_adapters(flax_model, select(table, config), config, jax.random.key(seed))
+        return {
+            spec.name: np.asarray(adapter.lora_A.get_value() if i is None else adapter.lora_A.get_value()[i])
+            for spec, adapter, i in adapted_modules(flax_model, table)
+        }
+
+    full = start(LoraConfig(r=2, finetune_projector=True))
+    some = start(LoraConfig(r=2, target_modules=["up_proj", "merger.mlp.2"], layers_to_transform=1))
+    assert set(some) < set(full)
+    for name, value in some.items():
+        np.testing.assert_array_equal(value, full[name])
+    assert len({value.tobytes() for value in full.values()}) == len(full)
+    other = start(LoraConfig(r=2), seed=1)
+    assert not any(np.array_equal(other[name], full[name]) for name in other)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"finetune_language_layers": False},
+        {"layers_to_transform": [1]},
+        {"finetune_last_n_layers": 2, "rank_pattern": {"qkv": 3}},
+        {"target_modules": ["lm_head", "merger.mlp.0", "o_proj"]},
+    ],
+)
+def test_only_chosen_layers_hold_parameters(table, flax_model, arguments):
+    config = LoraConfig(r=2, **arguments)
+    selection = select(table, config)
+    add_adapters(flax_model, selection, config, jax.random.key(0))
+    assert trainable_parameters(flax_model) == selection.parameters
+    assert {spec.name for spec, *_ in adapted_modules(flax_model, table)} == selection.names
+    for spec, adapter, i in adapted_modules(flax_model, table):
+        found = adapter.scaling.get_value() if i is None else adapter.scaling.get_value()[i]
+        assert float(found) == pytest.approx(config.scaling_of(spec.name))
+
+
+def test_adapting_twice_is_an_error_and_removing_restores(table, flax_model):
+    config = LoraConfig(r=2)
+    before = jax.tree.structure(nnx.state(flax_model))
+    add_adapters(flax_model, select(table, config), config, jax.random.key(0))
+    with pytest.raises(ValueError, match=r"already has adapters, on .* remove_adapters"):
+        add_adapters(flax_model, select(table, config), config, jax.random.key(0))
+    remove_adapters(flax_model)
+    assert trainable_parameters(flax_model) == 0
+    assert jax.tree.structure(nnx.state(flax_model)) == before
+    assert all(linear.adapter is None for linear in linear_modules(flax_model).values())
