@@ -1,0 +1,476 @@
+"""PEFT's adapter directory: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+Names are written as transformers 4.52–4.57 has them. Other versions wrap the same modules differently: the
+decoder of Qwen2.5-VL was ``model.layers`` before ``model.language_model.layers``. A name without its wrappers
+is the same in every version, which is how files of all of them are read, and how the exported
+`target_modules` selects the trained modules in all of them.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from vlmlora.lora.apply import adapted_modules, linears_without_adapters, make_adapter
+from vlmlora.lora.config import LoraConfig
+from vlmlora.lora.selection import check_one_rank, in_layers, matches_name
+from vlmlora.models.module_table import LinearSpec, ModuleTable
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+CARD_FILE = "README.md"
+PREFIX = "base_model.model."
+PEFT_VERSION = "0.21.2"
+"""The version whose files these are."""
+
+WRAPPERS = ("model", "language_model", "vision_model")
+"""Modules that hold a whole tower; versions of transformers differ in where they stand."""
+
+_BASE_KEEPING_INITS = (True, False, "gaussian", "eva", "orthogonal")
+_CHANGES_NOTHING = frozenset(
+    (
+        *("auto_mapping", "peft_type", "inference_mode", "peft_version", "runtime_config"),
+        *("megatron_config", "megatron_core", "qalora_group_size", "loftq_config", "eva_config"),
+        *("corda_config", "lora_ga_config", "ensure_weight_tying"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class AdapterArrays:
+    """One module's arrays as the file has them, in float32.
+
+    Attributes:
+        name: the module's name in the file, without ``base_model.model.``.
+        lora_A: [r, in].
+        lora_B: [out, r].
+    """
+
+    name: str
+    lora_A: np.ndarray
+    lora_B: np.ndarray
+
+
+def save_adapter(
+    directory: str | PathLike[str], module: nnx.Module, table: ModuleTable, config: LoraConfig
+) -> None:
+    """Write a model's adapters for PEFT to load.
+
+    The directory's other files stay. On failure nothing in it has changed, and a new one is not left behind.
+
+    Args:
+        directory: made if it does not exist.
+        module: the model.
+        table: its module table.
+        config: the arguments that the adapters were made with.
+
+    Raises:
+        ValueError: the model has no adapters, or their rank or scaling is not what `config` says.
+        NotADirectoryError: a file stands at `directory`.
+        OSError: writing failed.
+    """
+    tensors = _adapter_tensors(module, table, config)
+    names = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in tensors}
+    directory = Path(directory).resolve()
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"{directory} is a file; an adapter is a directory")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    staged = directory.parent / f".{directory.name}-{uuid4().hex}"
+    staged.mkdir()
+    try:
+        # PEFT and transformers look for this entry to tell whose tensors these are.
+        save_file(tensors, staged / WEIGHTS_FILE, metadata={"format": "pt"})
+        fields = peft_config_fields(config, target_modules=target_regex(table, names))
+        (staged / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n")
+        if not (directory / CARD_FILE).exists():
+            (staged / CARD_FILE).write_text(_model_card(config))
+        _move_into_place(staged, directory)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def read_adapter(directory: str | PathLike[str]) -> tuple[LoraConfig, dict[str, AdapterArrays]]:
+    """Read an adapter directory, whichever version of PEFT or transformers wrote it.
+
+    Returns:
+        The config, and the arrays of each module by its name without wrappers (see `name_without_wrappers`).
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is not what it should be; keys that belong to no LoRA matrix are listed.
+        NotImplementedError: the adapter uses something that is not supported.
+    """
+    directory = Path(directory)
+    config = _read_config(directory / CONFIG_FILE)
+    matrices: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
+    unmatched = []
+    for key, value in _read_tensors(directory).items():
+        parts = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.(lora_[AB])\.weight", key)
+        if parts is None or value.ndim != 2:
+            unmatched.append(key)
+        else:
+            matrices[parts[1]][parts[2]] = value.astype(np.float32)
+    if unmatched:
+        raise ValueError(
+            f"{directory / WEIGHTS_FILE} has {_listed(unmatched, 'key')} that no LoRA matrix has"
+        )
+    if half := [
+        f"{PREFIX}{name}.{missing}.weight"
+        for name, pair in matrices.items()
+        for missing in {"lora_A", "lora_B"} - pair.keys()
+    ]:
+        raise ValueError(f"{directory / WEIGHTS_FILE} lacks {_listed(half, 'key')}")
+    if not matrices:
+        raise ValueError(f"{directory / WEIGHTS_FILE} holds no tensors")
+    adapters: dict[str, AdapterArrays] = {}
+    for name, pair in matrices.items():
+        short = name_without_wrappers(name)
+        if short in adapters:
+            raise ValueError(
+                f"{directory / WEIGHTS_FILE} has {adapters[short].name} and {name}, which are one module"
+            )
+        adapters[short] = AdapterArrays(name, **pair)
+    return config, adapters
+
+
+def load_adapter_into(module: nnx.Module, table: ModuleTable, directory: str | PathLike[str]) -> LoraConfig:
+    """Set a model's adapters from a PEFT directory, in place.
+
+    Args:
+        module: the model, without adapters.
+        table: its module table.
+        directory: what PEFT, or `save_adapter`, wrote.
+
+    Returns:
+        The adapter's config. Names in its patterns are those of the table.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a key matches no module, a module that the config targets has no tensors, or a shape does
+            not fit the model or the config; the keys are listed. The model is then unchanged.
+        NotImplementedError: the adapter uses something that is not supported.
+    """
+    config, adapters = read_adapter(directory)
+    file = Path(directory) / WEIGHTS_FILE
+    specs = _specs_by_short_name(table)
+    if unmatched := [each.name for short, each in adapters.items() if short not in specs]:
+        raise ValueError(f"{file} adapts {_listed(unmatched, 'module')} that the base model does not have")
+    if missing := _missing_modules(table, config, adapters):
+        raise ValueError(f"{file} lacks tensors of {_listed(missing, 'module')} that {CONFIG_FILE} targets")
+    wrong = []
+    for short, each in adapters.items():
+        spec, r = specs[short], config.rank_of(each.name)
+        expected = (r, spec.in_features), (spec.out_features, r)
+        found = each.lora_A.shape, each.lora_B.shape
+        wrong += [
+            f"{PREFIX}{each.name}.{matrix}.weight is {list(have)}, not {list(want)}"
+            for matrix, have, want in zip(("lora_A", "lora_B"), found, expected, strict=True)
+            if have != want
+        ]
+    if wrong:
+        raise ValueError(f"{file} does not fit the base model or its own config: {_listed(wrong, 'tensor')}")
+
+    linears = linears_without_adapters(module, table)
+    groups: dict[str, list[LinearSpec]] = defaultdict(list)
+    for short, spec in specs.items():
+        if short in adapters:
+            groups[spec.path].append(spec)
+    for path, group in groups.items():
+        check_one_rank(path, {spec.name: _arrays(adapters, spec).lora_A.shape[0] for spec in group})
+    for path, group in groups.items():
+        group.sort(key=lambda spec: spec.layer or 0)
+        arrays = [_arrays(adapters, spec) for spec in group]
+        linears[path].adapter = make_adapter(
+            group,
+            np.stack([each.lora_A for each in arrays]),
+            np.stack([each.lora_B for each in arrays]),
+            [config.scaling_of(each.name) for each in arrays],
+            dropout=config.lora_dropout,
+        )
+    names = {specs[short].name: each.name for short, each in adapters.items()}
+    return replace(
+        config,
+        rank_pattern={
+            name: config.rank_of(of_file)
+            for name, of_file in names.items()
+            if config.rank_of(of_file) != config.r
+        },
+        alpha_pattern={
+            name: config.alpha_of(of_file)
+            for name, of_file in names.items()
+            if config.alpha_of(of_file) != config.lora_alpha
+        },
+    )
+
+
+def peft_config_fields(config: LoraConfig, *, target_modules: str) -> dict[str, Any]:
+    """The contents of ``adapter_config.json``: the fields that every version of PEFT knows.
+
+    Args:
+        config: the adapter's arguments.
+        target_modules: regular expression of the trained modules; what narrowed them down is part of it.
+    """
+    return {
+        "peft_type": "LORA",
+        "task_type": config.task_type,
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "revision": config.revision,
+        "inference_mode": True,
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "bias": config.bias,
+        "target_modules": target_modules,
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern,
+        "modules_to_save": None,
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "init_lora_weights": config.init_lora_weights,
+        "fan_in_fan_out": False,
+        "peft_version": PEFT_VERSION,
+    }
+
+
+def name_without_wrappers(name: str) -> str:
+    """A module's name without `WRAPPERS`, which is the same in every version of transformers.
+
+    ``model.language_model.layers.3.mlp.up_proj`` becomes ``layers.3.mlp.up_proj``.
+    """
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def target_regex(table: ModuleTable, names: Iterable[str]) -> str:
+    """A regular expression that, matched in full, selects the modules `names` of a model and no others.
+
+    Wrappers may stand, or not, wherever a version of transformers has them.
+
+    Args:
+        table: every linear module of the model.
+        names: those to select.
+    """
+    names = set(names)
+    _specs_by_short_name(table)
+    layers_of: dict[tuple[str, str], dict[str, bool]] = defaultdict(dict)
+    alternatives: list[str] = []
+    for spec in table:
+        numbered = re.fullmatch(r"(.*?)\.(\d+)\.(.+)", spec.name)
+        if numbered and spec.layer is not None:
+            layers_of[numbered[1], numbered[3]][numbered[2]] = spec.name in names
+        elif spec.name in names:
+            alternatives.append(_name_regex(spec.name))
+    leaves: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for (tower, leaf), selected in layers_of.items():
+        chosen = [number for number, is_selected in selected.items() if is_selected]
+        if chosen:
+            numbers = r"\d+" if len(chosen) == len(selected) else _any_of(chosen)
+            leaves[tower, numbers].append(re.escape(leaf))
+    alternatives += [
+        rf"{_name_regex(tower)}\.{numbers}\.{_any_of(endings)}"
+        for (tower, numbers), endings in leaves.items()
+    ]
+    return "|".join(alternatives)
+
+
+def _name_regex(name: str) -> str:
+    """Match a name with wrappers at its start, and wherever else it has some, optional."""
+    wrappers = rf"(?:{_any_of(WRAPPERS)}\.)*"
+    pattern, skipped = [], True
+    for part in name.split("."):
+        if part in WRAPPERS:
+            skipped = True
+        else:
+            pattern.append((wrappers if skipped else "") + re.escape(part))
+            skipped = False
+    return r"\.".join(pattern)
+
+
+def _any_of(alternatives: Iterable[str]) -> str:
+    alternatives = list(alternatives)
+    return alternatives[0] if len(alternatives) == 1 else f"(?:{'|'.join(alternatives)})"
+
+
+def _specs_by_short_name(table: ModuleTable) -> dict[str, LinearSpec]:
+    specs: dict[str, LinearSpec] = {}
+    for spec in table:
+        other = specs.setdefault(name_without_wrappers(spec.name), spec)
+        if other is not spec:
+            raise ValueError(f"{other.name} and {spec.name} differ only in the modules that wrap them")
+    return specs
+
+
+def _arrays(adapters: Mapping[str, AdapterArrays], spec: LinearSpec) -> AdapterArrays:
+    return adapters[name_without_wrappers(spec.name)]
+
+
+def _adapter_tensors(module: nnx.Module, table: ModuleTable, config: LoraConfig) -> dict[str, np.ndarray]:
+    tensors = {}
+    host: dict[str, tuple[np.ndarray, ...]] = {}
+    for spec, adapter, index in adapted_modules(module, table):
+        if spec.path not in host:
+            variables = (adapter.lora_A, adapter.lora_B, adapter.scaling)
+            host[spec.path] = tuple(np.asarray(v.get_value(), np.float32) for v in variables)
+        lora_A, lora_B, scaling = (a if index is None else a[index] for a in host[spec.path])
+        expected = config.rank_of(spec.name), np.float32(config.scaling_of(spec.name))
+        if not (lora_A.shape[0] == expected[0] and np.isclose(scaling, expected[1], rtol=1e-6)):
+            raise ValueError(
+                f"the adapter of {spec.name} has rank {lora_A.shape[0]} and scaling {scaling}, "
+                f"its config rank {expected[0]} and scaling {expected[1]}"
+            )
+        tensors[f"{PREFIX}{spec.name}.lora_A.weight"] = np.ascontiguousarray(lora_A)
+        tensors[f"{PREFIX}{spec.name}.lora_B.weight"] = np.ascontiguousarray(lora_B)
+    if not tensors:
+        raise ValueError("the model has no adapters to save; make some with get_peft_model")
+    return tensors
+
+
+def _move_into_place(staged: Path, directory: Path) -> None:
+    if not directory.exists():
+        staged.rename(directory)
+        return
+    names = [name for name in (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE) if (staged / name).exists()]
+    backup = staged / "previous"
+    backup.mkdir()
+    done: list[str] = []
+    try:
+        for name in names:
+            if (directory / name).exists():
+                shutil.copy2(directory / name, backup / name)
+        for name in names:
+            os.replace(staged / name, directory / name)
+            done.append(name)
+    except BaseException:
+        for name in done:
+            if (backup / name).exists():
+                os.replace(backup / name, directory / name)
+            else:
+                (directory / name).unlink()
+        raise
+
+
+def _read_config(file: Path) -> LoraConfig:
+    try:
+        found = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{file} does not exist: {file.parent} is no PEFT adapter directory"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(found, dict) or found.get("peft_type") != "LORA":
+        kind = found.get("peft_type") if isinstance(found, dict) else None
+        raise ValueError(f"{file} describes an adapter of peft_type={kind!r}; only 'LORA' is supported")
+    if absent := [name for name in ("r", "lora_alpha", "target_modules") if found.get(name) is None]:
+        raise ValueError(f"{file} lacks {', '.join(absent)}")
+    init = found.get("init_lora_weights", True)
+    if init not in _BASE_KEEPING_INITS:
+        raise NotImplementedError(
+            f"{file}: init_lora_weights={init!r} changed the base weights, which is not supported; convert "
+            "the adapter with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+        )
+    if init in ("eva", "orthogonal"):
+        found["init_lora_weights"] = True  # They have done their part, which PEFT's files do not depend on.
+    arguments = {}
+    for name, value in found.items():
+        if name in _CHANGES_NOTHING or value is None or value == [] or value == "":
+            continue
+        if name in LoraConfig.__dataclass_fields__:
+            arguments[name] = value
+        elif value:
+            raise NotImplementedError(f"{file}: {name}={value!r} is not supported")
+    try:
+        return LoraConfig(**arguments)
+    except (ValueError, NotImplementedError) as error:
+        raise type(error)(f"{file}: {error}") from error
+
+
+def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
+    file = directory / WEIGHTS_FILE
+    if not file.exists():
+        pickled = directory / "adapter_model.bin"
+        hint = (
+            f"; {pickled.name} is a pickle, which is never read: save it again with PEFT"
+            if pickled.exists()
+            else ""
+        )
+        raise FileNotFoundError(f"{file} does not exist{hint}")
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
+
+
+def _missing_modules(
+    table: ModuleTable, config: LoraConfig, adapters: Mapping[str, AdapterArrays]
+) -> list[str]:
+    """Modules that the config targets and the file does not hold, by the name that the file would use."""
+    towers: dict[str, str] = {}
+    for spec in table:
+        if arrays := adapters.get(name_without_wrappers(spec.name)):
+            towers[_tower(spec.name)] = _tower(arrays.name)
+    missing = []
+    for spec in table:
+        if name_without_wrappers(spec.name) not in adapters:
+            tower = _tower(spec.name)
+            name = towers.get(tower, tower) + spec.name.removeprefix(tower)
+            if _peft_targets(config, name):
+                missing.append(name)
+    return missing
+
+
+def _tower(name: str) -> str:
+    """What stands before the first number of a name."""
+    return re.match(r".*?(?=\.\d+\.|$)", name)[0]
+
+
+def _peft_targets(config: LoraConfig, name: str) -> bool:
+    targets, exclude = config.target_modules, config.exclude_modules
+    if isinstance(exclude, str):
+        if re.fullmatch(exclude, name):
+            return False
+    elif any(matches_name(entry, name) for entry in exclude or ()):
+        return False
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    if name in (targets or ()):
+        return True
+    return any(matches_name(entry, name) for entry in targets or ()) and in_layers(
+        name, config.layers_to_transform, config.layers_pattern
+    )
+
+
+def _model_card(config: LoraConfig) -> str:
+    base = config.base_model_name_or_path
+    on_hub = base is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
+    metadata = [f"base_model: {base}"] if on_hub else []
+    metadata += ["library_name: peft", "pipeline_tag: image-text-to-text", "tags:", "- lora", "- vlmlora"]
+    lines = [
+        *("---", *metadata, "---", ""),
+        *(f"# LoRA adapter of {base or 'a vision-language model'}", ""),
+        f"Rank {config.r}, alpha {config.lora_alpha}. Trained with vlmlora, stored in PEFT's format:",
+        *("", "```python", "from peft import PeftModel", ""),
+        'model = PeftModel.from_pretrained(base_model, "path/to/this/directory")',
+        *("```", ""),
+    ]
+    return "\n".join(lines)
+
+
+def _listed(items: Iterable[str], noun: str, limit: int = 20) -> str:
+    items = list(items)
+    shown = ", ".join(items[:limit]) + (f", and {len(items) - limit} more" if len(items) > limit else "")
+    return f"{len(items)} {noun}{'s' if len(items) > 1 else ''} ({shown})"
