@@ -1,4 +1,4 @@
-"""Stacks of weights: building one from its layers, filling one layer by layer, layers stored differently."""
+"""Stacks of weights: building one from its layers and filling one layer by layer."""
 
 import dataclasses
 import functools
@@ -8,86 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
 
-from vlmlora.quantization.weights import Shape, Weight, check_operand
-
-PerLayer = tuple[Int[Array, "*stack"], Int[Array, "*stack"]]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class MixedWeight:
-    """A stack whose layers are stored in different ways, as "dynamic" 4-bit checkpoints have it.
-
-    A scan must not slice the pools, whose lengths differ. It closes over them and slices the rest::
-
-        pools, per_layer = weight.split_for_scan()
-        # in the body, with one slice of per_layer:
-        y = x @ MixedWeight.join(pools, per_layer_slice)
-
-    Attributes:
-        pools: one stack for each way of storing.
-        kind: which pool holds the layer, int32 [layers]; a scalar for a weight of one layer.
-        index: where in that pool, likewise.
-    """
-
-    pools: tuple[Weight, ...]
-    kind: Int[Array, "*stack"]
-    index: Int[Array, "*stack"]
-
-    # As the other weights: a numpy array on the left leaves `@` to the weight.
-    __array_ufunc__ = None
-
-    @property
-    def shape(self) -> Shape:
-        """(out, in) of one layer."""
-        return self.pools[0].shape
-
-    @property
-    def stack(self) -> int | None:
-        """Number of layers; None for a weight of one layer."""
-        return self.kind.shape[0] if self.kind.ndim else None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(pool.nbytes for pool in self.pools) + self.kind.nbytes + self.index.nbytes
-
-    def split_for_scan(self) -> tuple[tuple[Weight, ...], PerLayer]:
-        """The part that a scan over layers closes over, and the part that it slices."""
-        return self.pools, (self.kind, self.index)
-
-    @classmethod
-    def join(cls, pools: tuple[Weight, ...], per_layer: PerLayer) -> "MixedWeight":
-        """Undo `split_for_scan`, with all layers or with one."""
-        return cls(pools, *per_layer)
-
-    def __rmatmul__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        """``x @ W.T`` in the type of `x`; a gradient for `x` only."""
-        check_operand(x, self)
-        return _switch_matmul(x, self.pools, self.kind, self.index)
-
-    def dequantize(self, dtype: DTypeLike) -> Float[Array, "*stack out in"]:
-        """The matrix, or matrices, as a plain array."""
-
-        def decode(per_layer: PerLayer) -> jax.Array:
-            return _switch(per_layer[0], lambda pool: pool.layer(per_layer[1]).dequantize(dtype), self.pools)
-
-        per_layer = (self.kind, self.index)
-        return decode(per_layer) if self.stack is None else jax.lax.map(decode, per_layer)
-
-    def layer(self, index: int) -> Weight:
-        """The weight of one layer as it is stored; under a trace, a mixed weight of one layer."""
-        if self.stack is None:
-            raise ValueError(
-                f"layer(index) needs a weight with a layer axis; this one is a single {self.shape}"
-            )
-        kind, position = self.kind[index], self.index[index]
-        if isinstance(kind, jax.core.Tracer):
-            return MixedWeight(self.pools, kind, position)
-        return self.pools[int(kind)].layer(int(position))
+from vlmlora.quantization.weights import MixedWeight, Weight
 
 
 def stack_weights(layers: Sequence[Weight]) -> Weight:
@@ -180,32 +102,3 @@ def _stack_leaves(*leaves):
     if isinstance(first, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((len(leaves), *first.shape), first.dtype)
     return jnp.stack(leaves)
-
-
-def _switch(kind, function, pools):
-    return jax.lax.switch(kind, [functools.partial(function, pool) for pool in pools])
-
-
-# Its own derivative, so that a scan saves no layer's weight: the pools are constants of the scan.
-@jax.custom_vjp
-def _switch_matmul(x, pools, kind, index):
-    return _switch(kind, lambda pool: x @ pool.layer(index), pools)
-
-
-def _switch_matmul_fwd(x, pools, kind, index):
-    return _switch_matmul(x, pools, kind, index), (pools, kind, index)
-
-
-def _switch_matmul_bwd(residuals, dy):
-    pools, kind, index = residuals
-
-    def transpose(pool: Weight) -> jax.Array:
-        weight = pool.layer(index)
-        x = jnp.zeros((*dy.shape[:-1], weight.shape[1]), dy.dtype)
-        (dx,) = jax.vjp(lambda x: x @ weight, x)[1](dy)
-        return dx
-
-    return _switch(kind, transpose, pools), None, None, None
-
-
-_switch_matmul.defvjp(_switch_matmul_fwd, _switch_matmul_bwd)

@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int8, UInt8
+from jaxtyping import Array, Float, Int, Int8, UInt8
 
 from vlmlora_kernels.int8 import dequantize_int8, matmul_int8, quantize_int8
 from vlmlora_kernels.nf4 import (
@@ -26,6 +26,7 @@ from vlmlora_kernels.nf4 import (
 )
 
 Shape = tuple[int, int]
+PerLayer = tuple[Int[Array, "*stack"], Int[Array, "*stack"]]
 
 
 @runtime_checkable
@@ -267,6 +268,80 @@ class INT8Weight(_Arrays):
         return dequantize_int8(self.codes, self.scale, dtype=dtype)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class MixedWeight:
+    """A stack whose layers are stored in different ways, as "dynamic" 4-bit checkpoints have it.
+
+    A scan must not slice the pools, whose lengths differ. It closes over them and slices the rest::
+
+        pools, per_layer = weight.split_for_scan()
+        # in the body, with one slice of per_layer:
+        y = x @ MixedWeight.join(pools, per_layer_slice)
+
+    Attributes:
+        pools: one stack for each way of storing.
+        kind: which pool holds the layer, int32 [layers]; a scalar for a weight of one layer.
+        index: where in that pool, likewise.
+    """
+
+    pools: tuple[Weight, ...]
+    kind: Int[Array, "*stack"]
+    index: Int[Array, "*stack"]
+
+    # As the other weights: a numpy array on the left leaves `@` to the weight.
+    __array_ufunc__ = None
+
+    @property
+    def shape(self) -> Shape:
+        """(out, in) of one layer."""
+        return self.pools[0].shape
+
+    @property
+    def stack(self) -> int | None:
+        """Number of layers; None for a weight of one layer."""
+        return self.kind.shape[0] if self.kind.ndim else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(pool.nbytes for pool in self.pools) + self.kind.nbytes + self.index.nbytes
+
+    def split_for_scan(self) -> tuple[tuple[Weight, ...], PerLayer]:
+        """The part that a scan over layers closes over, and the part that it slices."""
+        return self.pools, (self.kind, self.index)
+
+    @classmethod
+    def join(cls, pools: tuple[Weight, ...], per_layer: PerLayer) -> "MixedWeight":
+        """Undo `split_for_scan`, with all layers or with one."""
+        return cls(pools, *per_layer)
+
+    def __rmatmul__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        """``x @ W.T`` in the type of `x`; a gradient for `x` only."""
+        check_operand(x, self)
+        return _switch_matmul(x, self.pools, self.kind, self.index)
+
+    def dequantize(self, dtype: DTypeLike) -> Float[Array, "*stack out in"]:
+        """The matrix, or matrices, as a plain array."""
+
+        def decode(per_layer: PerLayer) -> jax.Array:
+            return _switch(per_layer[0], lambda pool: pool.layer(per_layer[1]).dequantize(dtype), self.pools)
+
+        per_layer = (self.kind, self.index)
+        return decode(per_layer) if self.stack is None else jax.lax.map(decode, per_layer)
+
+    def layer(self, index: int) -> Weight:
+        """The weight of one layer as it is stored; under a trace, a mixed weight of one layer."""
+        if self.stack is None:
+            raise ValueError(
+                f"layer(index) needs a weight with a layer axis; this one is a single {self.shape}"
+            )
+        kind, position = self.kind[index], self.index[index]
+        if isinstance(kind, jax.core.Tracer):
+            return MixedWeight(self.pools, kind, position)
+        return self.pools[int(kind)].layer(int(position))
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _quantize_4bit(weight, double_quant, quant_type, blocksize):
     def quantize(matrix):
@@ -281,6 +356,35 @@ def _quantize_4bit(weight, double_quant, quant_type, blocksize):
 def _quantize_int8(weight):
     quantize = quantize_int8 if weight.ndim == 2 else jax.vmap(quantize_int8)
     return INT8Weight(*quantize(weight))
+
+
+def _switch(kind, function, pools):
+    return jax.lax.switch(kind, [functools.partial(function, pool) for pool in pools])
+
+
+# Its own derivative, so that a scan saves no layer's weight: the pools are constants of the scan.
+@jax.custom_vjp
+def _switch_matmul(x, pools, kind, index):
+    return _switch(kind, lambda pool: x @ pool.layer(index), pools)
+
+
+def _switch_matmul_fwd(x, pools, kind, index):
+    return _switch_matmul(x, pools, kind, index), (pools, kind, index)
+
+
+def _switch_matmul_bwd(residuals, dy):
+    pools, kind, index = residuals
+
+    def transpose(pool: Weight) -> jax.Array:
+        weight = pool.layer(index)
+        x = jnp.zeros((*dy.shape[:-1], weight.shape[1]), dy.dtype)
+        (dx,) = jax.vjp(lambda x: x @ weight, x)[1](dy)
+        return dx
+
+    return _switch(kind, transpose, pools), None, None, None
+
+
+_switch_matmul.defvjp(_switch_matmul_fwd, _switch_matmul_bwd)
 
 
 def _abstract(shape: tuple[int, ...], dtype: DTypeLike, stack: int | None) -> jax.ShapeDtypeStruct:
