@@ -6,7 +6,6 @@ are split once into training and test pictures; a string only ever holds digits 
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -40,7 +39,7 @@ class HandwrittenDigits:
 
 
 @lru_cache(maxsize=2)
-def load_handwritten_digits(split: Literal["train", "test"]) -> HandwrittenDigits:
+def load_handwritten_digits(split: str) -> HandwrittenDigits:
     """The digits of one split: 1437 for training, 360 for the test, no picture in both.
 
     Raises:
@@ -96,7 +95,7 @@ def compose_digits(
     return TextImage(np.repeat(shade[..., None], 3, axis=-1), "".join(str(digits.labels[i]) for i in chosen))
 
 
-def handwritten_samples(split: Literal["train", "test"], count: int, *, seed: int) -> list[TextImage]:
+def handwritten_samples(split: str, count: int, *, seed: int) -> list[TextImage]:
     """Draws strings of one to four handwritten digits, lengths in equal parts.
 
     Args:
