@@ -1,0 +1,196 @@
+"""From a model to a full Hugging Face checkpoint, one tensor at a time."""
+
+import copy
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from uuid import uuid4
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from transformers import PreTrainedConfig
+
+from vlmlora.models.checkpoint import DTYPES, INDEX_FILE, SINGLE_FILE
+from vlmlora.models.load_plan import unstacked_names
+from vlmlora.models.module_table import linear_modules
+from vlmlora.quantization.weights import Weight
+
+MAX_SHARD_SIZE = 5_000_000_000
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+
+
+@dataclass(frozen=True, eq=False)
+class _Tensor:
+    """A tensor to be written; its bytes are fetched from the device when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    fetch: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def save_checkpoint(
+    module: nnx.Module,
+    config: PreTrainedConfig,
+    directory: str | PathLike[str],
+    *,
+    dtype: DTypeLike | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> None:
+    """Write ``config.json`` and safetensors with the names of transformers 4.52–4.57, which 5.x reads too.
+
+    Stacks are taken apart, quantised weights are decoded, and tensors are fetched from the device one by one.
+    A directory that exists keeps its other files, a tokenizer for instance; on failure it is as before.
+
+    Args:
+        module: the model, without adapters.
+        config: its config.
+        directory: made if it does not exist.
+        dtype: type to write; None for each array's own.
+        max_shard_size: bytes of tensors in one file; beyond it there are several and an index.
+
+    Raises:
+        ValueError: the model has adapters.
+        NotADirectoryError: a file stands at `directory`.
+        OSError: writing failed.
+    """
+    if adapted := [path for path, linear in linear_modules(module).items() if linear.adapter is not None]:
+        raise ValueError(
+            f"the model has adapters on {len(adapted)} modules ({adapted[0]}, ...), which a full checkpoint "
+            "cannot hold; save the adapter, or merge it first"
+        )
+    directory = Path(directory).expanduser().resolve()
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"{directory} is a file; a checkpoint is a directory")
+    tensors = _tensors(module, dtype)
+    shards = _shards(tensors, max_shard_size)
+    # On the same file system as its destination, so that moving is renaming.
+    parent = directory if directory.exists() else directory.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    staged = parent / f".{directory.name}-{uuid4().hex}"
+    staged.mkdir()
+    try:
+        for file, members in shards.items():
+            _write_safetensors(staged / file, members)
+        if list(shards) != [SINGLE_FILE]:
+            index = {
+                "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},
+                "weight_map": {tensor.name: file for file, members in shards.items() for tensor in members},
+            }
+            (staged / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+        _plain_config(module, config, tensors).save_pretrained(staged)
+        _move_into_place(staged, directory)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _tensors(module: nnx.Module, dtype: DTypeLike | None) -> list[_Tensor]:
+    values = {".".join(map(str, parts)): v.get_value() for parts, v in nnx.to_flat_state(nnx.state(module))}
+    tensors = []
+    for path, name, layer in unstacked_names(module):
+
+        def array(value=values[path], layer=layer) -> jax.Array:
+            if isinstance(value, Weight):
+                value = value if layer is None else value.layer(layer)
+                return value.dequantize(dtype)
+            value = value if layer is None else value[layer]
+            return value if dtype is None else value.astype(dtype)
+
+        result = jax.eval_shape(array)
+        tensors.append(
+            _Tensor(name, result.shape, np.dtype(result.dtype), lambda array=array: np.asarray(array()))
+        )
+    return tensors
+
+
+def _shards(tensors: list[_Tensor], max_shard_size: int) -> dict[str, list[_Tensor]]:
+    """File name → its tensors, in order, none but a single tensor larger than the limit."""
+    groups: list[list[_Tensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if groups[-1] and size + tensor.nbytes > max_shard_size:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.nbytes
+    if len(groups) == 1:
+        return {SINGLE_FILE: groups[0]}
+    return {
+        f"model-{number:05}-of-{len(groups):05}.safetensors": group
+        for number, group in enumerate(groups, start=1)
+    }
+
+
+def _write_safetensors(path: Path, tensors: list[_Tensor]) -> None:
+    # Wide types first keeps every tensor aligned.
+    tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    # transformers refuses a file that does not say which framework its tensors come from.
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        header[tensor.name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for tensor in tensors:
+            file.write(np.ascontiguousarray(tensor.fetch()).reshape(-1).view(np.uint8))
+
+
+def _plain_config(module: nnx.Module, config: PreTrainedConfig, tensors: list[_Tensor]) -> PreTrainedConfig:
+    """The config of an unquantised checkpoint of these tensors."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.architectures = [type(module).__name__]
+    config.dtype = max(tensors, key=lambda tensor: tensor.nbytes).dtype.name
+    return config
+
+
+def _move_into_place(staged: Path, directory: Path) -> None:
+    if not directory.exists():
+        staged.rename(directory)
+        return
+    written = [path.name for path in staged.iterdir()]
+    stale = [
+        path.name
+        for path in directory.iterdir()
+        if (path.name in (SINGLE_FILE, INDEX_FILE) or _SHARD.fullmatch(path.name))
+        and path.name not in written
+    ]
+    backup = staged / "previous"
+    backup.mkdir()
+    moved: list[str] = []
+    try:
+        for name in (*written, *stale):
+            if (directory / name).exists():
+                os.replace(directory / name, backup / name)
+            moved.append(name)
+            if name in written:
+                os.replace(staged / name, directory / name)
+    except BaseException:
+        for name in moved:
+            (directory / name).unlink(missing_ok=True)
+            if (backup / name).exists():
+                os.replace(backup / name, directory / name)
+        raise
