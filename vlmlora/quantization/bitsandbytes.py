@@ -45,7 +45,7 @@ def tensor_keys(keys: Collection[str], name: str) -> tuple[str, ...]:
     return tuple(key for key in [*names, *([state_key] if state_key else [])] if key in keys)
 
 
-def quantquant_state_key(keys: Collection[str], name: str) -> str | None:
+def quant_state_key(keys: Collection[str], name: str) -> str | None:
     """The key of the JSON whose bytes `abstract` needs; None for a layer that is not 4-bit."""
     for quant_type in CODE_BOOKS:
         if (key := f"{name}{_STATE_KEY}{quant_type}") in keys:
