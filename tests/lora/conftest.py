@@ -77,9 +77,9 @@ def flax_model(tiny_config):
 def randomise():
     """Fill every trainable array with normal numbers, so that no matrix of an adapter is zero."""
 
-    def fill(model: nnx.Module, seed: int = 0) -> None:
-        rng = np.random.default_rng(seed)
+    def fill(model: nnx.Module, std: float = 1.0) -> None:
+        rng = np.random.default_rng(0)
         state = nnx.state(model, Trainable)
-        nnx.update(model, jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype), state))
+        nnx.update(model, jax.tree.map(lambda a: jnp.asarray(rng.normal(0, std, a.shape), a.dtype), state))
 
     return fill
