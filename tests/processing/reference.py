@@ -38,7 +38,7 @@ CHAT_TEMPLATE = (
 )
 CORPUS = [
     "What is written in this image? Read the text and say what it shows.\n\n",
-    "You are a helpful assistant. system user assistant\n",
+    "You are a helpful assistant. system user assistant\n\nThe",
     "The image shows a number, 123 and 4567.\n\n  - one\n  - two\n",
 ] * 3
 # Splits as Qwen's tokenizer does; newlines merge with what stands before them, so turns can straddle tokens.

@@ -1,8 +1,6 @@
 """The torch-free processor against transformers' own, live."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -178,46 +176,3 @@ def test_files_that_contradict_the_config_are_refused(directory, tokenizer, conf
     (tmp_path / "preprocessor_config.json").write_text("{}")
     with pytest.raises(ValueError, match="chat template"):
         load_processor(tmp_path, config)
-
-
-WITHOUT_TORCH = """
-import sys
-from importlib.machinery import PathFinder
-find = PathFinder.find_spec
-absent = ("torch", "torchvision")
-PathFinder.find_spec = lambda name, *a, **k: None if name.split(".")[0] in absent else find(name, *a, **k)
-import numpy as np
-from PIL import Image
-from transformers import Qwen2_5_VLConfig
-from vlmlora.models.qwen2_5_vl.processing import load_processor
-config = Qwen2_5_VLConfig(image_token_id=int(sys.argv[2]), video_token_id=int(sys.argv[3]))
-processor = load_processor(sys.argv[1], config)
-frames = np.arange(3 * 60 * 60 * 3).reshape(3, 60, 60, 3).astype(np.uint8)
-out = processor(sys.argv[4], [Image.fromarray(frames[0])], [frames])
-assert not any(name in sys.modules for name in absent)
-np.savez(sys.argv[5], **out)
-"""
-
-
-def test_runs_where_torch_is_not_installed(family, directory, config, tmp_path):
-    text = IMAGE + VIDEO + "hello"
-    subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            WITHOUT_TORCH,
-            str(directory),
-            str(config.image_token_id),
-            str(config.video_token_id),
-            text,
-            str(tmp_path / "out.npz"),
-        ],
-        check=True,
-        timeout=120,
-    )
-    frames = np.arange(3 * 60 * 60 * 3).reshape(3, 60, 60, 3).astype(np.uint8)
-    expected = family(text, [Image.fromarray(frames[0])], [frames])
-    actual = np.load(tmp_path / "out.npz")
-    assert set(actual) == set(expected)
-    for name, value in expected.items():
-        np.testing.assert_array_equal(actual[name], value)

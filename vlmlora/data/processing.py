@@ -1,0 +1,363 @@
+"""From messages to samples, and from samples to batches of static shape.
+
+What a model family adds (its image processor, placeholders, positions) comes through `FamilyProcessor`.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from heapq import nlargest
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int32
+from PIL import Image
+from transformers import PreTrainedTokenizerBase
+
+from vlmlora.data.labels import IGNORE_INDEX, make_labels, response_spans, tokens_in_spans
+from vlmlora.data.messages import Conversation, read_messages
+from vlmlora.models.registry import family_of
+
+
+@runtime_checkable
+class FamilyProcessor(Protocol):
+    """What a model family's processor does; an image or video is opaque to everyone else.
+
+    Attributes:
+        tokenizer: a tokenizer that knows the offsets of its tokens.
+        image_processor: settings and code of the image processing.
+        chat_template: Jinja template of the messages.
+        placeholders: tokens that stand for an image and a video.
+        patch_multiple: a row of patches holds a whole multiple of this.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    image_processor: Any
+    chat_template: str
+    placeholders: Mapping[str, str]
+    patch_multiple: int
+
+    def process_image(self, image: Image.Image) -> Any:
+        """An image as the family holds it."""
+
+    def process_video(self, frames: Sequence[Image.Image] | np.ndarray, fps: int | float | None) -> Any:
+        """A video as the family holds it."""
+
+    def token_counts(self, input_ids: np.ndarray, images: Sequence[Any], videos: Sequence[Any]) -> np.ndarray:
+        """How often each token is repeated to make room for the image that it stands for."""
+
+    def mm_token_type_ids(self, input_ids: np.ndarray) -> np.ndarray:
+        """0 for text, another number for tokens of an image or video."""
+
+    def num_patches(self, item: Any) -> int:
+        """Patch slots that an image or video takes."""
+
+    def collate(
+        self,
+        input_ids: np.ndarray,
+        segment_ids: np.ndarray,
+        images: Sequence[Sequence[Any]],
+        videos: Sequence[Sequence[Any]],
+        *,
+        image_rows: int,
+        patches: int,
+    ) -> dict[str, np.ndarray]:
+        """What the model reads beside the tokens."""
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write a directory that transformers loads."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One conversation, ready to be put into a batch.
+
+    Attributes:
+        input_ids: tokens, with image placeholders expanded.
+        labels: the same where the loss is to read them, else -100; not shifted.
+        images: images as the family holds them, in the order of their placeholders.
+        videos: videos likewise.
+    """
+
+    input_ids: Int32[np.ndarray, " tokens"]
+    labels: Int32[np.ndarray, " tokens"]
+    images: tuple[Any, ...] = ()
+    videos: tuple[Any, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Sizes of a batch; None takes the batch's own, rounded up.
+
+    Attributes:
+        max_length: tokens of a row.
+        max_images: rows of patches, one for each image or video of the batch. 0: a batch without images.
+        max_patches: patch slots of each of these rows.
+    """
+
+    max_length: int | None = None
+    max_images: int | None = None
+    max_patches: int | None = None
+
+
+class VisionLanguageProcessor:
+    """Tokenizer, image processor and chat template of a model, and what makes batches with them.
+
+    Attributes:
+        family: the model family's part.
+        max_seq_length: tokens of a sample at most, where a call does not say otherwise.
+    """
+
+    def __init__(self, family: FamilyProcessor, *, max_seq_length: int = 2048):
+        self.family = family
+        self.max_seq_length = max_seq_length
+        added = family.tokenizer.added_tokens_decoder.values()
+        self._special_tokens = [token.content for token in added if token.special]
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, *, max_seq_length: int = 2048
+    ) -> "VisionLanguageProcessor":
+        """The processor of a Hugging Face directory.
+
+        Raises:
+            FileNotFoundError: `config.json`, or one of the processor's files, is missing.
+            ValueError: the model's type is not supported, or its files contradict each other.
+        """
+        directory = Path(directory)
+        family = family_of(json.loads((directory / "config.json").read_text(encoding="utf-8"))["model_type"])
+        config = family.config_class.from_pretrained(directory)
+        return cls(family.processor(directory, config), max_seq_length=max_seq_length)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer."""
+        return self.family.tokenizer
+
+    @property
+    def image_processor(self) -> Any:
+        """The image processor of the family; its `size` bounds the pixels of an image."""
+        return self.family.image_processor
+
+    def apply_chat_template(
+        self,
+        messages: Mapping[str, Any] | Sequence[Any],
+        *,
+        add_generation_prompt: bool = False,
+        tokenize: bool = False,
+    ) -> str | list[int]:
+        """The conversation as text, or as tokens with image placeholders expanded.
+
+        Args:
+            messages: one conversation, see `read_messages`.
+            add_generation_prompt: end with the head of the assistant's turn.
+            tokenize: return token ids.
+
+        Raises:
+            ValueError: as `encode`.
+        """
+        if tokenize:
+            sample = self.encode(messages, labels=False, add_generation_prompt=add_generation_prompt)
+            return sample.input_ids.tolist()
+        return self._render(self._read(messages, None).messages, add_generation_prompt)
+
+    def encode(
+        self,
+        messages: Mapping[str, Any] | Sequence[Any],
+        *,
+        labels: bool = True,
+        train_on: str = "responses",
+        max_seq_length: int | None = None,
+        truncation: bool = False,
+        add_generation_prompt: bool = False,
+        row: int | None = None,
+    ) -> Sample:
+        """Messages and images to one sample.
+
+        Args:
+            messages: one conversation or dataset row, see `read_messages`.
+            labels: make labels; without, all are -100, as in a prompt.
+            train_on: ``"responses"`` labels the assistant's turns, each with its end-of-turn token; ``"all"``
+                labels all text. Image tokens never carry a label.
+            max_seq_length: tokens at most; None: the processor's.
+            truncation: cut text at the end instead of refusing a sample that is too long.
+            add_generation_prompt: end with the head of the assistant's turn.
+            row: index in the dataset, for errors.
+
+        Raises:
+            ValueError: naming the row and message: the messages are not valid, an image cannot be used, the
+                sample is too long or would lose image tokens, or no token carries a label.
+        """
+        conversation = self._read(messages, row)
+        where = conversation.where
+        text = self._render(conversation.messages, add_generation_prompt)
+        images = tuple(
+            _located(picture.where, self.family.process_image, picture.image)
+            for picture in conversation.images
+        )
+        videos = tuple(
+            _located(video.where, self.family.process_video, video.frames, video.fps)
+            for video in conversation.videos
+        )
+        bos = self.tokenizer.bos_token
+        encoding = self.tokenizer(
+            text,
+            # As in transformers: a template that writes the first token itself does not get a second.
+            add_special_tokens=not (bos and text.startswith(bos)),
+            return_offsets_mapping=True,
+        )
+        input_ids = np.array(encoding["input_ids"], np.int32)
+        counts = _located(where, self.family.token_counts, input_ids, images, videos)
+        if not labels:
+            trained = np.zeros(len(input_ids), bool)
+        elif train_on == "all":
+            trained = np.ones(len(input_ids), bool)
+        elif train_on == "responses":
+            spans = _located(where, response_spans, conversation.messages, self._render, self._special_tokens)
+            trained = tokens_in_spans(encoding["offset_mapping"], spans)
+        else:
+            raise ValueError(f"train_on={train_on!r} is not one of 'responses', 'all'")
+        input_ids, trained = np.repeat(input_ids, counts), np.repeat(trained, counts)
+        is_image = self.family.mm_token_type_ids(input_ids) > 0
+        limit = self.max_seq_length if max_seq_length is None else max_seq_length
+        if len(input_ids) > limit:
+            found = (
+                f"{where}: {len(input_ids)} tokens ({is_image.sum()} of images) exceed max_seq_length={limit}"
+            )
+            if not truncation:
+                raise ValueError(
+                    f"{found}. Raise max_seq_length, shrink the images (processor.image_processor.size), or "
+                    "cut text with truncation=True"
+                )
+            if is_image[limit:].any():
+                raise ValueError(f"{found}: cutting it would lose image tokens")
+            input_ids, trained, is_image = input_ids[:limit], trained[:limit], is_image[:limit]
+        trained &= ~is_image
+        # The first token has no predecessor to be predicted from.
+        if labels and not trained[1:].any():
+            raise ValueError(
+                f"{where}: no token carries a label; its {len(input_ids)} tokens hold no assistant's turn"
+            )
+        return Sample(input_ids, make_labels(input_ids, trained), images, videos)
+
+    def budget(self, samples: Iterable[Sample], *, batch_size: int, pad_to_multiple_of: int = 64) -> Budget:
+        """The least budget with which any `batch_size` of the samples fit one batch shape.
+
+        Raises:
+            ValueError: there are no samples.
+        """
+        lengths, images, patches = [], [], [0]
+        for sample in samples:
+            items = (*sample.images, *sample.videos)
+            lengths.append(len(sample))
+            images.append(len(items))
+            patches.append(max(map(self.family.num_patches, items), default=0))
+        if not lengths:
+            raise ValueError("a budget needs at least one sample")
+        return Budget(
+            _multiple(max(lengths), pad_to_multiple_of), sum(nlargest(batch_size, images)), max(patches)
+        )
+
+    def collate(
+        self,
+        samples: Sequence[Sample],
+        budget: Budget | None = None,
+        *,
+        batch_size: int | None = None,
+        pad_to_multiple_of: int = 64,
+    ) -> dict[str, np.ndarray]:
+        """Samples to a batch, one a row, padded on the right; images and videos one a row of patches.
+
+        Args:
+            samples: at most `batch_size`.
+            budget: sizes of the batch. Those left open are the batch's own: tokens rounded up to
+                `pad_to_multiple_of`, images and patches to within a quarter, so that few shapes occur.
+            batch_size: rows; those without a sample are padding and carry no label. None: one for each
+                sample.
+            pad_to_multiple_of: see `budget`.
+
+        Returns:
+            `input_ids`, `segment_ids` (1, and 0 for padding) and `labels` ``[batch, tokens]`` int32, and
+            what the family adds for its model.
+
+        Raises:
+            ValueError: there are no samples, or they exceed the budget.
+        """
+        budget = budget or Budget()
+        rows = len(samples) if batch_size is None else batch_size
+        if not 0 < len(samples) <= rows:
+            raise ValueError(f"{len(samples)} samples for a batch of {rows} rows; needed 1 to {rows}")
+        longest = max(map(len, samples))
+        tokens = budget.max_length or _multiple(longest, pad_to_multiple_of)
+        if longest > tokens:
+            raise ValueError(f"a sample of {longest} tokens exceeds the batch's max_length={tokens}")
+        items = [item for sample in samples for item in (*sample.images, *sample.videos)]
+        unit = self.family.patch_multiple
+        image_rows, patches = budget.max_images, budget.max_patches
+        if image_rows is None:
+            image_rows = _bucket(len(items))
+        if patches is None:
+            most = max(map(self.family.num_patches, items), default=unit)
+            patches = _bucket(-(-most // unit)) * unit
+
+        pad = self.tokenizer.pad_token_id
+        input_ids = np.full((rows, tokens), 0 if pad is None else pad, np.int32)
+        labels = np.full((rows, tokens), IGNORE_INDEX, np.int32)
+        segment_ids = np.zeros((rows, tokens), np.int32)
+        for row, sample in enumerate(samples):
+            input_ids[row, : len(sample)] = sample.input_ids
+            labels[row, : len(sample)] = sample.labels
+            segment_ids[row, : len(sample)] = 1
+        family = self.family.collate(
+            input_ids,
+            segment_ids,
+            [sample.images for sample in samples],
+            [sample.videos for sample in samples],
+            image_rows=image_rows,
+            patches=patches,
+        )
+        return {"input_ids": input_ids, "segment_ids": segment_ids, "labels": labels, **family}
+
+    def decode(self, token_ids: Any, *, skip_special_tokens: bool = True) -> str:
+        """Text of one row of tokens."""
+        return self.tokenizer.decode(np.asarray(token_ids).tolist(), skip_special_tokens=skip_special_tokens)
+
+    def batch_decode(self, token_ids: Any, *, skip_special_tokens: bool = True) -> list[str]:
+        """Text of every row of tokens."""
+        return [self.decode(row, skip_special_tokens=skip_special_tokens) for row in token_ids]
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the tokenizer, image processor settings and chat template, as transformers loads them."""
+        self.family.save_pretrained(directory)
+
+    def _read(self, messages: Any, row: int | None) -> Conversation:
+        return read_messages(messages, row=row, placeholders=self.family.placeholders.values())
+
+    def _render(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool) -> str:
+        return self.tokenizer.apply_chat_template(
+            list(messages),
+            chat_template=self.family.chat_template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+
+
+def _located(where: str, function: Any, *args: Any) -> Any:
+    """Call `function`; its ValueError names `where`."""
+    try:
+        return function(*args)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _multiple(n: int, of: int) -> int:
+    return -(-n // of) * of
+
+
+def _bucket(n: int) -> int:
+    """`n` rounded up to one of four sizes an octave."""
+    return _multiple(n, 2 ** max(0, n.bit_length() - 3))
