@@ -11,6 +11,7 @@ those of bitsandbytes 0.50 on a CPU.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -43,15 +44,15 @@ _NF4_LEVELS = (
 _FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 
 
-def _code_book(levels: list[float]) -> np.ndarray:
+def _code_book(levels: Sequence[float] | np.ndarray) -> np.ndarray:
     book = np.asarray(levels, np.float32)
     book.flags.writeable = False
     return book
 
 
-def _fp4_levels() -> list[float]:
+def _fp4_levels() -> np.ndarray:
     positive = np.asarray(_FP4_MAGNITUDES, np.float32) / np.float32(12)
-    return [*positive, *(0.0 - positive)]
+    return np.concatenate([positive, np.float32(0) - positive])
 
 
 def _dynamic_levels() -> list[float]:
@@ -71,7 +72,7 @@ def _dynamic_levels() -> list[float]:
     return sorted(float(level) for level in levels)
 
 
-CODE_BOOKS: dict[str, np.ndarray] = {"nf4": _code_book(list(_NF4_LEVELS)), "fp4": _code_book(_fp4_levels())}
+CODE_BOOKS: dict[str, np.ndarray] = {"nf4": _code_book(_NF4_LEVELS), "fp4": _code_book(_fp4_levels())}
 """The 16 values of each 4-bit type, by index."""
 
 DYNAMIC_CODE: np.ndarray = _code_book(_dynamic_levels())

@@ -10,7 +10,7 @@
 
 import json
 from collections.abc import Collection, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ _STATE_KEY = ".weight.quant_state.bitsandbytes__"
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
+@runtime_checkable
 class HasShape(Protocol):
     """An array, or a header of one such as `jax.ShapeDtypeStruct`."""
 

@@ -6,18 +6,17 @@ leading layer axis; `jax.lax.scan` slices it, and only a weight of one layer mul
 
 import dataclasses
 import functools
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Int8, UInt8
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float, Int
 
 from vlmlora_kernels.int8 import dequantize_int8, matmul_int8, quantize_int8
 from vlmlora_kernels.nf4 import (
     DYNAMIC_CODE,
     NESTED_BLOCKSIZE,
-    Absmax,
     NestedAbsmax,
     dequantize_4bit,
     double_quantize,
@@ -26,7 +25,10 @@ from vlmlora_kernels.nf4 import (
 )
 
 Shape = tuple[int, int]
-PerLayer = tuple[Int[Array, "*stack"], Int[Array, "*stack"]]
+Leaf = Any
+"""An array; its `jax.ShapeDtypeStruct` in an abstract weight; anything while JAX rebuilds a tree."""
+PerLayer = tuple[Leaf, Leaf]
+"""Pool and position of every layer, or of one."""
 
 
 @runtime_checkable
@@ -45,13 +47,13 @@ class Weight(Protocol):
     def nbytes(self) -> int:
         """Bytes of all arrays."""
 
-    def __rmatmul__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+    def __rmatmul__(self, x: Float[ArrayLike, "*batch in"]) -> Float[Array, "*batch out"]:
         """``x @ W.T`` in the type of `x`."""
 
     def dequantize(self, dtype: DTypeLike) -> Float[Array, "*stack out in"]:
         """The whole matrix, or matrices, as a plain array."""
 
-    def layer(self, index: int) -> "Weight":
+    def layer(self, index: int | Int[Array, ""]) -> "Weight":
         """The weight of one layer of a stack."""
 
 
@@ -66,7 +68,7 @@ class _Arrays:
         """Bytes of all arrays."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
-    def layer(self, index: int) -> Self:
+    def layer(self, index: int | Int[Array, ""]) -> "Weight":
         """The weight of one layer of a stack.
 
         Raises:
@@ -94,12 +96,12 @@ class DenseWeight(_Arrays):
         value: [out, in], or [layers, out, in].
     """
 
-    value: Float[Array, "*stack out in"]
+    value: Leaf
 
     @classmethod
     def abstract(
         cls, out_features: int, in_features: int, dtype: DTypeLike, stack: int | None = None
-    ) -> Self:
+    ) -> "DenseWeight":
         """A weight of shapes only, for building a model before its arrays exist."""
         return cls(_abstract((out_features, in_features), dtype, stack))
 
@@ -113,9 +115,9 @@ class DenseWeight(_Arrays):
         """Number of layers on the leading axis; None for a weight of one layer."""
         return self.value.shape[0] if len(self.value.shape) == 3 else None
 
-    def __rmatmul__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+    def __rmatmul__(self, x: Float[ArrayLike, "*batch in"]) -> Float[Array, "*batch out"]:
         """``x @ W.T`` in the type of `x`; differentiable in both."""
-        check_operand(x, self)
+        x = _operand(x, self)
         return jnp.matmul(x, self.value.astype(x.dtype).T)
 
     def dequantize(self, dtype: DTypeLike) -> Float[Array, "*stack out in"]:
@@ -137,8 +139,8 @@ class NF4Weight(_Arrays):
         dtype: name of the type before quantisation, which a checkpoint records.
     """
 
-    codes: UInt8[Array, "*stack bytes"]
-    absmax: Absmax
+    codes: Leaf
+    absmax: Leaf | NestedAbsmax
     shape: Shape = dataclasses.field(metadata={"static": True})
     quant_type: str = dataclasses.field(default="nf4", metadata={"static": True})
     blocksize: int = dataclasses.field(default=64, metadata={"static": True})
@@ -155,7 +157,7 @@ class NF4Weight(_Arrays):
         quant_type: str = "nf4",
         blocksize: int = 64,
         dtype: str = "bfloat16",
-    ) -> Self:
+    ) -> "NF4Weight":
         """A weight of shapes only, for building a model before its arrays exist."""
         size = out_features * in_features
         blocks = -(-size // blocksize)
@@ -179,7 +181,7 @@ class NF4Weight(_Arrays):
         double_quant: bool = True,
         quant_type: str = "nf4",
         blocksize: int = 64,
-    ) -> Self:
+    ) -> "NF4Weight":
         """Quantise a matrix, or a stack of them, as bitsandbytes does on a CPU.
 
         Args:
@@ -200,9 +202,9 @@ class NF4Weight(_Arrays):
         """Whether the scales are quantised."""
         return isinstance(self.absmax, NestedAbsmax)
 
-    def __rmatmul__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+    def __rmatmul__(self, x: Float[ArrayLike, "*batch in"]) -> Float[Array, "*batch out"]:
         """``x @ W.T`` in the type of `x`; a gradient for `x` only, and W is decoded again for it."""
-        check_operand(x, self)
+        x = _operand(x, self)
         return matmul_4bit(
             x,
             self.codes,
@@ -234,17 +236,17 @@ class INT8Weight(_Arrays):
         scale: largest magnitude of each row, float32 [out] or [layers, out]; ``W = codes * scale / 127``.
     """
 
-    codes: Int8[Array, "*stack out in"]
-    scale: Float[Array, "*stack out"]
+    codes: Leaf
+    scale: Leaf
 
     @classmethod
-    def abstract(cls, out_features: int, in_features: int, stack: int | None = None) -> Self:
+    def abstract(cls, out_features: int, in_features: int, stack: int | None = None) -> "INT8Weight":
         """A weight of shapes only, for building a model before its arrays exist."""
         codes = _abstract((out_features, in_features), jnp.int8, stack)
         return cls(codes, _abstract((out_features,), jnp.float32, stack))
 
     @classmethod
-    def quantize(cls, weight: Float[Array, "*stack out in"]) -> Self:
+    def quantize(cls, weight: Float[Array, "*stack out in"]) -> "INT8Weight":
         """Quantise a matrix, or a stack of them, as bitsandbytes does on a CPU."""
         return _quantize_int8(weight)
 
@@ -258,9 +260,9 @@ class INT8Weight(_Arrays):
         """Number of layers on the leading axis; None for a weight of one layer."""
         return self.codes.shape[0] if len(self.codes.shape) == 3 else None
 
-    def __rmatmul__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+    def __rmatmul__(self, x: Float[ArrayLike, "*batch in"]) -> Float[Array, "*batch out"]:
         """``x @ W.T`` in the type of `x`; a gradient for `x` only, and W is decoded again for it."""
-        check_operand(x, self)
+        x = _operand(x, self)
         return matmul_int8(x, self.codes, self.scale)
 
     def dequantize(self, dtype: DTypeLike) -> Float[Array, "*stack out in"]:
@@ -285,9 +287,9 @@ class MixedWeight:
         index: where in that pool, likewise.
     """
 
-    pools: tuple[Weight, ...]
-    kind: Int[Array, "*stack"]
-    index: Int[Array, "*stack"]
+    pools: tuple[Any, ...]
+    kind: Leaf
+    index: Leaf
 
     # As the other weights: a numpy array on the left leaves `@` to the weight.
     __array_ufunc__ = None
@@ -316,9 +318,9 @@ class MixedWeight:
         """Undo `split_for_scan`, with all layers or with one."""
         return cls(pools, *per_layer)
 
-    def __rmatmul__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+    def __rmatmul__(self, x: Float[ArrayLike, "*batch in"]) -> Float[Array, "*batch out"]:
         """``x @ W.T`` in the type of `x`; a gradient for `x` only."""
-        check_operand(x, self)
+        x = _operand(x, self)
         return _switch_matmul(x, self.pools, self.kind, self.index)
 
     def dequantize(self, dtype: DTypeLike) -> Float[Array, "*stack out in"]:
@@ -330,7 +332,7 @@ class MixedWeight:
         per_layer = (self.kind, self.index)
         return decode(per_layer) if self.stack is None else jax.lax.map(decode, per_layer)
 
-    def layer(self, index: int) -> Weight:
+    def layer(self, index: int | Int[Array, ""]) -> Weight:
         """The weight of one layer as it is stored; under a trace, a mixed weight of one layer."""
         if self.stack is None:
             raise ValueError(
@@ -391,12 +393,9 @@ def _abstract(shape: tuple[int, ...], dtype: DTypeLike, stack: int | None) -> ja
     return jax.ShapeDtypeStruct(shape if stack is None else (stack, *shape), dtype)
 
 
-def check_operand(x: Any, weight: Weight) -> None:
-    """Refuse ``x @ weight`` for a weight that still has its layer axis, and for an `x` of another width.
-
-    Raises:
-        ValueError: either.
-    """
+def _operand(x: ArrayLike, weight: Weight) -> jax.Array:
+    """`x` as a JAX array, refused if it does not fit or if the weight still has its layer axis."""
+    x = jnp.asarray(x)
     if weight.stack is not None:
         raise ValueError(
             f"x @ weight needs the weight of one layer, but this one stacks {weight.stack}; "
@@ -404,3 +403,4 @@ def check_operand(x: Any, weight: Weight) -> None:
         )
     if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x @ weight: x has shape {x.shape}, the weight has shape {weight.shape} [out, in]")
+    return x
