@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+import vlmlora
+
 
 def environment() -> dict[str, Any]:
     """Device, versions, command and date."""
@@ -18,7 +20,10 @@ def environment() -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("jax", "flax", "optax", "transformers", "vlmlora")},
+        "versions": {
+            "vlmlora": vlmlora.__version__,
+            **{name: version(name) for name in ("jax", "flax", "optax", "transformers")},
+        },
         "command": shlex.join(["python", "-m", _module(), *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
     }

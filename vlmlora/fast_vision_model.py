@@ -22,7 +22,7 @@ from vlmlora.lora.config import LoraConfig, reject_unknown_arguments
 from vlmlora.lora.peft_format import load_adapter_into, save_adapter
 from vlmlora.lora.selection import select
 from vlmlora.models.hub import resolve
-from vlmlora.models.loading import load_model, read_config, resolve_load_mode, save_checkpoint
+from vlmlora.models.loading import IMPLIED_TRUE, load_model, read_config, resolve_load_mode
 from vlmlora.models.module_table import ModuleTable, module_table
 from vlmlora.models.registry import family_of
 from vlmlora.nn.variables import Trainable
@@ -80,7 +80,7 @@ class FastVisionModel:
         *,
         max_seq_length: int = 2048,
         dtype: DTypeLike | None = None,
-        load_in_4bit: bool = True,
+        load_in_4bit: bool = IMPLIED_TRUE,
         load_in_8bit: bool = False,
         load_in_16bit: bool = False,
         full_finetuning: bool = False,

@@ -1,0 +1,140 @@
+"""What only a GPU can show: cuDNN attention, host offload, and the same results as on a CPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.jaxprs import equations
+from tests.models.qwen2_5_vl_cases import EOS, Case, Visual, batches, tiny_config
+from vlmlora.generation.greedy import greedy_decode
+from vlmlora.lora.apply import add_adapters
+from vlmlora.lora.config import LoraConfig
+from vlmlora.lora.selection import select
+from vlmlora.models.init import init_parameters
+from vlmlora.models.module_table import linear_modules, module_table
+from vlmlora.models.registry import family_of
+from vlmlora.nn.attention import attention
+from vlmlora.nn.variables import Trainable
+from vlmlora.quantization.weights import INT8Weight, NF4Weight
+from vlmlora.training.loss import make_loss_fn
+
+pytestmark = pytest.mark.gpu
+
+CASE = Case([[3, Visual(1, 8, 8), 5], [9], [2, Visual(1, 4, 12), 1, Visual(1, 6, 10), 4]])
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    return jax.devices("gpu")[0]
+
+
+@pytest.fixture(scope="module")
+def cpu():
+    return jax.devices("cpu")[0]
+
+
+def adapted_model(config, *, quantize: bool):
+    """A random model whose adapters are not zero, its linear layers in NF4 if asked."""
+    module = family_of(config).model(config, dtype=jnp.float32)
+    init_parameters(module, jax.random.key(0), std=0.1)
+    if quantize:
+        for path, linear in linear_modules(module).items():
+            if path != "lm_head" and "merger" not in path:
+                linear.weight.set_value(NF4Weight.quantize(linear.weight.get_value().value))
+    lora = LoraConfig(r=4, init_lora_weights=False)
+    add_adapters(module, select(module_table(config), lora), lora, jax.random.key(1))
+    return nnx.split(module, Trainable, ...)
+
+
+@pytest.mark.parametrize("lengths", [None, (64, 20, 1, 33)])
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_fused_attention(gpu, is_causal, head_dim, lengths):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(4, 64, 4, head_dim), (4, 64, 2, head_dim), (4, 64, 2, head_dim), (4, 64, 4, head_dim)]
+    query, key, value, weight = (
+        jax.random.normal(k, shape, jnp.bfloat16) for k, shape in zip(keys, shapes, strict=True)
+    )
+    kv_lengths = None if lengths is None else jnp.array(lengths, jnp.int32)
+
+    def loss(query, key, value, *, reference):
+        if reference:
+            query, key, value = (a.astype(jnp.float32) for a in (query, key, value))
+        out = attention(query, key, value, is_causal=is_causal, kv_lengths=kv_lengths)
+        return jnp.sum(out.astype(jnp.float32) * weight.astype(jnp.float32))
+
+    text = jax.jit(lambda *a: attention(*a, is_causal=is_causal)).lower(query, key, value).as_text()
+    assert "cudnn" in text
+    with jax.default_matmul_precision("highest"):
+        expected = jax.grad(lambda *a: loss(*a, reference=True), argnums=(0, 1, 2))(query, key, value)
+    found = jax.grad(lambda *a: loss(*a, reference=False), argnums=(0, 1, 2))(query, key, value)
+    for a, b in zip(found, expected, strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        # bfloat16 operands and probabilities: three significant digits at best.
+        assert np.linalg.norm(a - b) <= 2e-2 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("kind", [NF4Weight, INT8Weight])
+def test_quantised_codes_and_decoded_values_are_those_of_the_cpu(gpu, cpu, kind):
+    weight = np.random.default_rng(0).normal(size=(100, 171)).astype(np.float32)
+    on_cpu, on_gpu = (kind.quantize(jax.device_put(weight, device)) for device in (cpu, gpu))
+    np.testing.assert_array_equal(on_cpu.codes, on_gpu.codes)
+    moved = jax.device_put(on_cpu, gpu)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        np.testing.assert_array_equal(on_cpu.dequantize(dtype), moved.dequantize(dtype))
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_loss_and_gradients_are_those_of_the_cpu(gpu, cpu, quantize):
+    config = tiny_config()
+    graphdef, adapters, frozen = adapted_model(config, quantize=quantize)
+    batch = batches(CASE, config)[1]
+    results = []
+    with jax.default_matmul_precision("highest"):
+        for device in (cpu, gpu):
+            loss_fn = make_loss_fn(graphdef, gradient_checkpointing=True)
+            arguments = jax.device_put((adapters, frozen, batch), device)
+            results.append(jax.jit(jax.value_and_grad(loss_fn))(*arguments))
+    np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-5)
+    for a, b in zip(*(jax.tree.leaves(gradients) for _, gradients in results), strict=True):
+        assert np.linalg.norm(np.asarray(a) - np.asarray(b)) <= 1e-3 * np.linalg.norm(a) + 1e-9
+
+
+def test_layer_inputs_go_to_host_memory_and_change_nothing(gpu):
+    config = tiny_config()
+    graphdef, adapters, frozen = adapted_model(config, quantize=True)
+    batch = jax.device_put(batches(CASE, config)[1], gpu)
+    gradients = {}
+    for policy in (True, "unsloth"):
+        function = jax.grad(make_loss_fn(graphdef, gradient_checkpointing=policy))
+        transfers = [
+            equation
+            for equation in equations(jax.make_jaxpr(function)(adapters, frozen, batch))
+            if "host" in str(equation)[:2000] and equation.primitive.name == "device_put"
+        ]
+        assert bool(transfers) == (policy == "unsloth")
+        gradients[policy] = jax.jit(function)(adapters, frozen, batch)
+    for a, b in zip(*map(jax.tree.leaves, gradients.values()), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_greedy_tokens_are_those_of_the_cpu(gpu, cpu):
+    config = tiny_config()
+    graphdef, adapters, frozen = adapted_model(config, quantize=True)
+    graphdef, state = nnx.split(nnx.merge(graphdef, adapters, frozen))
+    batch = batches(CASE, config)[1]
+    tokens = []
+    with jax.default_matmul_precision("highest"):
+        for device in (cpu, gpu):
+            tokens.append(
+                greedy_decode(
+                    graphdef,
+                    *jax.device_put((state, batch), device),
+                    max_new_tokens=8,
+                    eos_token_ids=(EOS,),
+                    pad_token_id=EOS,
+                )
+            )
+    np.testing.assert_array_equal(*tokens)
