@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+import transformers
+from packaging.version import Version
 
 from tests.processing.reference import CHAT_TEMPLATE, picture
 from vlmlora.data.labels import response_spans
@@ -78,6 +80,10 @@ def test_labels_are_what_generation_would_write(processor_with, template, name):
         np.testing.assert_array_equal(sample.labels != -100, labelled)
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"),
+    reason="transformers 5.17 misplaces its mask behind an expanded placeholder",
+)
 def test_labels_are_transformers_assistant_mask(processor_with, reference):
     """The same conversation through transformers, with a template that marks what is generated."""
     marked = CHAT_TEMPLATE.replace(
