@@ -136,9 +136,8 @@ def quantize_4bit(
     scaled = jnp.clip(scaled, -1.0, 1.0)
     order = _CODE_ORDER[quant_type]
     levels = CODE_BOOKS[quant_type][order]
-    rank = jnp.zeros(scaled.shape, jnp.uint8)
-    for bound in (levels[:-1] + levels[1:]) / np.float32(2):
-        rank += (scaled > bound).astype(jnp.uint8)
+    bounds = (levels[:-1] + levels[1:]) / np.float32(2)
+    rank = jnp.sum(scaled[..., None] > bounds, axis=-1, dtype=jnp.uint8)
     codes = rank if quant_type == "nf4" else jnp.asarray(order)[rank]
     codes = codes.reshape(-1, 2)
     return ((codes[:, 0] << 4) | codes[:, 1])[: -(-size // 2)], absmax

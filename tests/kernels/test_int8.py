@@ -12,6 +12,14 @@ from vlmlora_kernels import dequantize_int8, matmul_int8, quantize_int8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def value_and_pullback(function, x, dy):
+    def both(x, dy):
+        y, pullback = jax.vjp(function, x)
+        return y, pullback(dy)[0]
+
+    return jax.jit(both)(x, dy)
+
+
 def matrix(shape=(64, 70)):
     return np.random.default_rng(0).standard_normal(shape).astype(np.float32) * 0.05
 
@@ -34,21 +42,21 @@ def test_a_row_of_zeros_stays_zero():
     assert not np.any(dequantize_int8(codes, scale, dtype="float32"))
 
 
-@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("batch", [(), (2, 3)])
 def test_product_and_gradient_are_those_of_the_decoded_matrix(batch):
     codes, scale = quantize_int8(jnp.asarray(matrix()))
     dense = dequantize_int8(codes, scale, dtype="float32")
     x = jax.random.normal(jax.random.key(0), (*batch, 70))
     dy = jax.random.normal(jax.random.key(1), (*batch, 64))
-    y, pullback = jax.vjp(lambda x: matmul_int8(x, codes, scale), x)
+    y, dx = value_and_pullback(lambda x: matmul_int8(x, codes, scale), x, dy)
     # float32: scaled before or after the sum of 70 products.
     np.testing.assert_allclose(y, x @ dense.T, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(pullback(dy)[0], dy @ dense, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(dx, dy @ dense, rtol=1e-5, atol=1e-6)
 
 
 def test_product_has_the_type_of_x():
     codes, scale = quantize_int8(jnp.asarray(matrix()))
     for dtype in DTYPES:
-        x = jnp.ones((2, 70), dtype)
-        y, pullback = jax.vjp(lambda x: matmul_int8(x, codes, scale), x)
-        assert y.dtype == pullback(y)[0].dtype == x.dtype
+        x, dy = jnp.ones((2, 70), dtype), jnp.ones((2, 64), dtype)
+        y, dx = value_and_pullback(lambda x: matmul_int8(x, codes, scale), x, dy)
+        assert y.dtype == dx.dtype == x.dtype

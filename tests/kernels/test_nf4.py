@@ -36,6 +36,14 @@ def matrix(shape, dtype, seed=0):
     return tensor, jnp.asarray(tensor.float().numpy()).astype(dtype)
 
 
+def value_and_pullback(function, x, dy):
+    def both(x, dy):
+        y, pullback = jax.vjp(function, x)
+        return y, pullback(dy)[0]
+
+    return jax.jit(both)(x, dy)
+
+
 def bits(array):
     array = np.asarray(array)
     return array.view({2: np.uint16, 4: np.uint32}[array.dtype.itemsize])
@@ -60,7 +68,7 @@ def test_codes_and_scales_are_those_of_bitsandbytes(shape, dtype, quant_type):
     np.testing.assert_array_equal(bits(absmax), bits(state.absmax.numpy()))
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(
     out=st.integers(1, 20),
     features=st.integers(1, 90),
@@ -147,33 +155,33 @@ def test_doubly_quantised_scales_are_those_of_bitsandbytes(blocks):
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("batch", [(), (2, 3)])
 def test_product_and_gradient_are_those_of_the_decoded_matrix(batch, double_quant):
     shape = (24, 70)
     codes, absmax = quantize(matrix(shape, "float32")[1])
     absmax = double_quantize(absmax) if double_quant else absmax
-    dense = dequantize_4bit(codes, absmax, shape=shape, dtype="float32")
+    dense = dequantize(codes, absmax, shape=shape, dtype="float32")
     x = jax.random.normal(jax.random.key(0), (*batch, 70))
     dy = jax.random.normal(jax.random.key(1), (*batch, 24))
-    y, pullback = jax.vjp(lambda x: matmul_4bit(x, codes, absmax, shape=shape), x)
+    y, dx = value_and_pullback(lambda x: matmul_4bit(x, codes, absmax, shape=shape), x, dy)
     # float32: two orders of summation of 70 products.
     np.testing.assert_allclose(y, x @ dense.T, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(pullback(dy)[0], dy @ dense, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(dx, dy @ dense, rtol=1e-5, atol=1e-6)
 
 
 def test_product_has_the_type_of_x():
     codes, absmax = quantize(matrix((24, 70), "float32")[1])
     for dtype in DTYPES:
-        x = jnp.ones((2, 70), dtype)
-        y, pullback = jax.vjp(lambda x: matmul_4bit(x, codes, absmax, shape=(24, 70)), x)
-        assert y.dtype == pullback(y)[0].dtype == x.dtype
+        x, dy = jnp.ones((2, 70), dtype), jnp.ones((2, 24), dtype)
+        y, dx = value_and_pullback(lambda x: matmul_4bit(x, codes, absmax, shape=(24, 70)), x, dy)
+        assert y.dtype == dx.dtype == x.dtype
 
 
 def test_vmap_over_stacked_weights():
     weights = jnp.stack([matrix((6, 70), "float32", seed)[1] for seed in range(3)])
-    codes, absmax = jax.vmap(quantize_4bit)(weights)
+    codes, absmax = jax.jit(jax.vmap(quantize_4bit))(weights)
     x = jax.random.normal(jax.random.key(0), (3, 2, 70))
-    multiply = jax.vmap(lambda x, c, a: matmul_4bit(x, c, a, shape=(6, 70)))
+    multiply = jax.jit(jax.vmap(lambda x, c, a: matmul_4bit(x, c, a, shape=(6, 70))))
     for i, y in enumerate(multiply(x, codes, absmax)):
         expected = matmul_4bit(x[i], codes[i], absmax[i], shape=(6, 70))
         np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)

@@ -1,5 +1,7 @@
 """Weights under the transformations that models use: jit, grad, vmap, a scan over layers, checkpointing."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ LAYERS, OUT, IN = 4, 48, 70
 KINDS = ["dense", "nf4", "fp4", "nf4_single", "int8"]
 
 
+@functools.cache
 def make(kind, seed=0):
     values = jax.random.normal(jax.random.key(seed), (OUT, IN)) * 0.1
     match kind:
@@ -121,7 +124,7 @@ def test_scan_over_layers(kind, remat):
     assert isinstance(stack, MixedWeight) == (kind == "mixed")
     x = jax.random.normal(jax.random.key(9), (3, IN))
     value, gradient = jax.jit(jax.value_and_grad(scan, argnums=1), static_argnums=2)(stack, x, remat)
-    expected, expected_gradient = jax.value_and_grad(lambda x: loop(layers, x))(x)
+    expected, expected_gradient = jax.jit(jax.value_and_grad(loop, argnums=1))(layers, x)
     # float32 through four layers, in another order of summation.
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
