@@ -5,17 +5,18 @@ batch is then a few gathers. The result equals what the processor makes of the s
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int
+from PIL import Image
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLConfig
 
-from bundled_model.directory import PROMPTS, SYSTEM_PROMPT
+from bundled_model.conversations import PROMPTS, SYSTEM_PROMPT
 from bundled_model.pool import NUM_CONVERSATIONS, RECORD, SIZES
+from vlmlora.data.processing import VisionLanguageProcessor
 from vlmlora.demo.printed_text import MAX_LENGTH
 from vlmlora.models.qwen2_5_vl.positions import mrope_position_ids, vision_layout
 
@@ -52,18 +53,9 @@ class BatchTables:
     group: int = dataclasses.field(metadata={"static": True})
 
 
-def make_tables(
-    config: Qwen2_5_VLConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    normalise: Callable[[UInt8[np.ndarray, "height width 3"]], Float[np.ndarray, "patches values"]],
-) -> BatchTables:
-    """Works out the tables.
-
-    Args:
-        config: Of the bundled model.
-        tokenizer: Of the bundled model.
-        normalise: An RGB picture to flattened patches as the image processor makes them.
-    """
+def make_tables(config: Qwen2_5_VLConfig, processor: VisionLanguageProcessor) -> BatchTables:
+    """Works out the tables for the bundled model's config and processor."""
+    tokenizer = processor.tokenizer
     vision = config.vision_config
     patch, merge = vision.patch_size, vision.spatial_merge_size
     layouts = [
@@ -96,7 +88,7 @@ def make_tables(
                 name: np.stack([[table[name] for table in row] for row in token_tables])
                 for name in token_tables[0][0]
             },
-            normalised=_byte_values(normalise, vision),
+            normalised=_byte_values(processor, vision),
             closing=np.asarray(closing, np.int32),
             pad=np.int32(tokenizer.pad_token_id),
             group=merge**2,
@@ -157,13 +149,13 @@ def _token_table(
     }
 
 
-def _byte_values(normalise: Callable, vision: Any) -> Float[np.ndarray, "3 256"]:
+def _byte_values(processor: VisionLanguageProcessor, vision: Any) -> Float[np.ndarray, "3 256"]:
     """The image processor's value of every byte, read off a picture that holds each of them."""
     side = vision.patch_size * vision.spatial_merge_size
     picture = np.zeros((side, 16 * side, 3), np.uint8)
     flat = picture.reshape(-1, 3)
     flat[:256] = np.arange(256, dtype=np.uint8)[:, None]
-    patches = normalise(picture)
+    patches = processor.family.process_image(Image.fromarray(picture)).pixel_values
     grid = (1, side // vision.patch_size, 16 * side // vision.patch_size)
     layout = vision_layout([grid], vision.patch_size, vision.window_size, vision.spatial_merge_size)
     table = _size_table(side, 16 * side, layout, layout.num_slots, vision)["pixel_index"][layout.patch_slots]

@@ -7,14 +7,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-SYSTEM_PROMPT = "You are a helpful assistant."
-PROMPTS = (
-    "Read the text.",
-    "What does the image say?",
-    "What is written here?",
-    "Transcribe the text in the image.",
-)
-"""What the user asks in training; the first one most often."""
+from bundled_model.conversations import PROMPTS, SYSTEM_PROMPT
 
 _SPECIAL_TOKENS = (
     "<|endoftext|>",

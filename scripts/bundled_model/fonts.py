@@ -5,9 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import matplotlib
-from fontTools import subset
-
 TABLE = Path(__file__).with_name("fonts.txt")
 Split = Literal["train", "held-out"]
 
@@ -39,6 +36,9 @@ def collect_fonts(target: Path) -> int:
     Raises:
         FileNotFoundError: If fonts are not installed; the message has the command that installs them.
     """
+    # Only here: the machine that trains needs the collected files, not what collects them.
+    from fontTools import subset
+
     entries = read_table()
     sources = {entry: source for entry in entries if (source := _installed(entry)) is not None}
     missing = sorted({entry.package for entry in entries if entry not in sources})
@@ -61,6 +61,8 @@ def collect_fonts(target: Path) -> int:
 
 def _installed(entry: FontEntry) -> Path | None:
     if entry.package == "matplotlib":
+        import matplotlib
+
         path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / entry.file
         return path if path.exists() else None
     listed = subprocess.run(["dpkg", "-L", entry.package], capture_output=True, text=True, check=False)

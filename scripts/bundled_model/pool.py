@@ -1,15 +1,16 @@
 """Rendered samples in shared memory: worker processes draw ahead of the accelerator."""
 
-import mmap
 import multiprocessing
 import queue
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from bundled_model.directory import PROMPTS
+from bundled_model.conversations import PROMPTS
 from vlmlora.demo.printed_text import MAX_LENGTH, MAX_WIDTH, MIN_WIDTH, printed_sample
 from vlmlora.demo.text_image import CELL, TextImage
 
@@ -67,7 +68,19 @@ def draw_records(
 class SamplePool:
     """A ring of rendered samples that worker processes fill, and then draw anew, chunk by chunk.
 
-    Make it before JAX starts its backend: the workers are forked. Use it as a context manager.
+    Use it as a context manager.
+
+    Args:
+        fonts: Fonts to render with.
+        tokenizer_file: The model's `tokenizer.json`.
+        scratch: Folder for the file that the processes share; one in memory, such as /dev/shm, is fastest.
+        capacity: Samples in the ring.
+        chunk: Samples that a worker draws at a time.
+        workers: Number of processes.
+        seed: Names the stream of samples.
+
+    Raises:
+        OSError: If `scratch` has too little room.
 
     Attributes:
         rendered: Samples drawn so far.
@@ -77,6 +90,7 @@ class SamplePool:
         self,
         fonts: Sequence[Path],
         tokenizer_file: Path,
+        scratch: Path,
         *,
         capacity: int,
         chunk: int,
@@ -85,14 +99,26 @@ class SamplePool:
     ):
         self.chunk = chunk
         self.num_chunks = max(2, capacity // chunk)
+        # Chunks at the workers, waiting ones included, so that none is idle between two calls of `refresh`.
+        in_flight = min(self.num_chunks // 2, 4 * workers)
+        self._most_ready = self.num_chunks - in_flight
         self.rendered = 0
-        self._buffer = mmap.mmap(-1, self.num_chunks * chunk * RECORD.itemsize)
-        self._records = np.frombuffer(self._buffer, RECORD).reshape(self.num_chunks, chunk)
+        needed, free = self.num_chunks * chunk * RECORD.itemsize, shutil.disk_usage(scratch).free
+        if needed > free:
+            raise OSError(
+                f"{scratch} has {free / 1e9:.1f} GB free and needs {needed / 1e9:.1f}; "
+                "choose another folder or a smaller capacity"
+            )
+        self._folder = tempfile.TemporaryDirectory(dir=scratch)
+        file = Path(self._folder.name) / "samples"
+        self._records = np.memmap(file, RECORD, "w+", shape=(self.num_chunks, chunk))
         self._ready: list[int] = []
-        context = multiprocessing.get_context("fork")
-        self._tasks, self._done = context.Queue(), context.Queue()
         self._next_start = 0
-        arguments = (self._records, self._tasks, self._done, tuple(fonts), tokenizer_file, seed)
+        # Not forked from this process, which may have JAX's threads.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["bundled_model.pool"])
+        self._tasks, self._done = context.Queue(), context.Queue()
+        arguments = (file, self._records.shape, self._tasks, self._done, tuple(fonts), tokenizer_file, seed)
         self._workers = [context.Process(target=_work, args=arguments, daemon=True) for _ in range(workers)]
 
     def __enter__(self) -> "SamplePool":
@@ -107,13 +133,15 @@ class SamplePool:
             worker.terminate()
         for worker in self._workers:
             worker.join()
+        self._tasks.cancel_join_thread()
+        self._folder.cleanup()
 
     def _submit(self, chunk: int) -> None:
         self._tasks.put((chunk, self._next_start))
         self._next_start += self.chunk
 
     def refresh(self, *, wait_for: int = 1) -> None:
-        """Takes in finished chunks; once the ring is full, has the oldest chunk drawn anew for each.
+        """Takes in finished chunks; once enough are ready, has the oldest one drawn anew for each.
 
         Args:
             wait_for: Block until this many chunks are ready.
@@ -121,7 +149,7 @@ class SamplePool:
         Raises:
             RuntimeError: If a worker has died.
         """
-        wait_for = min(wait_for, self.num_chunks - 1)
+        wait_for = min(wait_for, self._most_ready)
         while True:
             try:
                 self._ready.append(self._done.get(timeout=1 if len(self._ready) < wait_for else 0.001))
@@ -132,7 +160,7 @@ class SamplePool:
                     return
                 continue
             self.rendered += self.chunk
-            if self.rendered >= self.num_chunks * self.chunk:
+            if len(self._ready) > self._most_ready:
                 self._submit(self._ready.pop(0))
 
     def sample(self, rng: np.random.Generator, batch: int) -> np.ndarray:
@@ -141,9 +169,18 @@ class SamplePool:
         return self._records[chunks, rng.integers(self.chunk, size=batch)]
 
 
-def _work(records, tasks, done, fonts, tokenizer_file, seed) -> None:
+def _work(
+    file: Path,
+    shape: tuple[int, int],
+    tasks: multiprocessing.Queue,
+    done: multiprocessing.Queue,
+    fonts: Sequence[Path],
+    tokenizer_file: Path,
+    seed: int,
+) -> None:
+    records = np.memmap(file, RECORD, "r+", shape=shape)
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     while True:
         chunk, start = tasks.get()
-        records[chunk] = draw_records(seed, start, records.shape[1], fonts, tokenizer)
+        records[chunk] = draw_records(seed, start, shape[1], fonts, tokenizer)
         done.put(chunk)

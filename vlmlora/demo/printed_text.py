@@ -47,6 +47,8 @@ _ONSETS = [
 ]
 _ONSETS += ["sh", "sl", "sp", "st", "th", "tr"]
 _VOWELS = [*"aeiouaeio", "ai", "ea", "ee", "io", "oa", "oo", "ou"]
+# Short strings come more often: they are learnt first, and the longer ones through them.
+_DIGIT_LENGTHS = (0.2, 0.16, 0.15, 0.15, 0.1, 0.08, 0.08, 0.08)
 _CODAS = ["", "", "", "b", "ck", "d", "f", "g", "l", "m", "n", "ng", "p", "r", "s", "st", "t", "x", "z"]
 
 
@@ -75,7 +77,7 @@ def random_text(rng: np.random.Generator) -> str:
     """
     kind = rng.random()
     if kind < 0.34:
-        return _digits(rng, int(rng.integers(1, 9)))
+        return _digits(rng, int(rng.choice(8, p=_DIGIT_LENGTHS)) + 1)
     if kind < 0.50:
         return _number(rng)
     if kind < 0.66:
