@@ -174,26 +174,25 @@ def plan_loading(
     )
 
 
-def unstacked_names(model: nnx.Module) -> Iterator[tuple[str, str, int | None]]:
-    """Every parameter, layer by layer, as (path in the tree, Hugging Face name, layer).
+def unstacked_parameters(
+    model: nnx.Module,
+) -> Iterator[tuple[str, str, int | None, jax.Array | jax.ShapeDtypeStruct | Weight]]:
+    """Every parameter, layer by layer, as (path in the tree, Hugging Face name, layer, value).
 
-    The layer is None for a parameter that does not repeat.
+    The value is that of all layers. The layer is None for a parameter that does not repeat.
     """
     for parts, variable in nnx.to_flat_state(nnx.state(model)):
-        path = ".".join(map(str, parts))
+        path, value = ".".join(map(str, parts)), variable.get_value()
         name = stacked_name(model, path)
         layers = [None]
         if name != path:
-            value = variable.get_value()
             layers = range(value.stack if isinstance(value, Weight) else value.shape[0])
         for layer in layers:
-            yield path, name.format(layer=layer), layer
+            yield path, name.format(layer=layer), layer, value
 
 
 def _slots(model: nnx.Module) -> Iterator[_Slot]:
-    values = {".".join(map(str, parts)): v.get_value() for parts, v in nnx.to_flat_state(nnx.state(model))}
-    for path, name, layer in unstacked_names(model):
-        value = values[path]
+    for path, name, layer, value in unstacked_parameters(model):
         is_linear = isinstance(value, DenseWeight)
         array = value.value if is_linear else value
         shape = array.shape if layer is None else array.shape[1:]

@@ -27,13 +27,10 @@ from transformers import PreTrainedConfig
 from vlmlora.models.checkpoint import read_checkpoint
 from vlmlora.models.load_plan import LoadMode, Parameter, Piece, plan_loading
 from vlmlora.models.registry import family_of
-from vlmlora.models.saving import save_checkpoint
 from vlmlora.nn.variables import Frozen, Trainable
 from vlmlora.quantization.bitsandbytes import read as read_quantized
 from vlmlora.quantization.stacks import allocate, set_layer, stack_weights
 from vlmlora.quantization.weights import DenseWeight, INT8Weight, NF4Weight, Weight
-
-__all__ = ["IMPLIED_TRUE", "ImpliedTrue", "load_model", "read_config", "resolve_load_mode", "save_checkpoint"]
 
 CONFIG_FILE = "config.json"
 
@@ -215,29 +212,32 @@ def _read_ahead(pieces: list[Piece]):
 
 
 def _read(piece: Piece) -> jax.Array | Weight:
-    """One layer's array or weight on the device, in memory of its own."""
+    """One layer's array or weight on the device; in memory of its own where it goes into no stack."""
+    arrays = {key: tensor.read() for key, tensor in piece.tensors.items()}
     if piece.is_stored_quantized:
-        tensors = {key: tensor.read() for key, tensor in piece.tensors.items()}
-        return _own(jax.device_put(read_quantized(piece.module_name, tensors)))
-    (tensor,) = piece.tensors.values()
-    target = piece.target
-    array = _cast(jax.device_put(tensor.read()), piece.dtype)
-    if isinstance(target, NF4Weight):
+        weight = jax.device_put(read_quantized(piece.module_name, arrays))
+        return _copy(weight) if piece.layer is None else weight
+    array = jax.device_put(arrays[piece.name])
+    if array.dtype != piece.dtype:
+        array = _cast(array, piece.dtype)
+    if isinstance(piece.target, NF4Weight):
         return NF4Weight.quantize(array)
-    if isinstance(target, INT8Weight):
+    if isinstance(piece.target, INT8Weight):
         return INT8Weight.quantize(array)
-    return DenseWeight(array) if isinstance(target, DenseWeight) else array
-
-
-# On a CPU `device_put` may alias the mapped file: a copy does not change when the file does.
-@jax.jit
-def _own(weight):
-    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), weight)
+    if piece.layer is None:
+        array = _copy(array)
+    return DenseWeight(array) if isinstance(piece.target, DenseWeight) else array
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _cast(array, dtype):
-    return jnp.array(array, dtype=dtype, copy=True)
+    return array.astype(dtype)
+
+
+# On a CPU `device_put` may share the mapped file's memory, and would change when the file does.
+@jax.jit
+def _copy(weight):
+    return jax.tree.map(functools.partial(jnp.array, copy=True), weight)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -1,6 +1,7 @@
 """From a model to a full Hugging Face checkpoint, one tensor at a time."""
 
 import copy
+import functools
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import jax
@@ -19,9 +21,9 @@ from jax.typing import DTypeLike
 from transformers import PreTrainedConfig
 
 from vlmlora.models.checkpoint import DTYPES, INDEX_FILE, SINGLE_FILE
-from vlmlora.models.load_plan import unstacked_names
+from vlmlora.models.load_plan import unstacked_parameters
 from vlmlora.models.module_table import linear_modules
-from vlmlora.quantization.weights import Weight
+from vlmlora.quantization.weights import DenseWeight, Weight
 
 MAX_SHARD_SIZE = 5_000_000_000
 
@@ -60,7 +62,7 @@ def save_checkpoint(
         module: the model, without adapters.
         config: its config.
         directory: made if it does not exist.
-        dtype: type to write; None for each array's own.
+        dtype: type to write. None: each array's own; for a quantised one that of the largest other array.
         max_shard_size: bytes of tensors in one file; beyond it there are several and an index.
 
     Raises:
@@ -99,22 +101,33 @@ def save_checkpoint(
 
 
 def _tensors(module: nnx.Module, dtype: DTypeLike | None) -> list[_Tensor]:
-    values = {".".join(map(str, parts)): v.get_value() for parts, v in nnx.to_flat_state(nnx.state(module))}
+    parameters = list(unstacked_parameters(module))
+    plain = [array for *_, value in parameters if (array := _plain_array(value)) is not None]
+    own = max(plain, key=lambda array: array.size).dtype
     tensors = []
-    for path, name, layer in unstacked_names(module):
-
-        def array(value=values[path], layer=layer) -> jax.Array:
-            if isinstance(value, Weight):
-                value = value if layer is None else value.layer(layer)
-                return value.dequantize(dtype)
-            value = value if layer is None else value[layer]
-            return value if dtype is None else value.astype(dtype)
-
-        result = jax.eval_shape(array)
-        tensors.append(
-            _Tensor(name, result.shape, np.dtype(result.dtype), lambda array=array: np.asarray(array()))
-        )
+    for _, name, layer, value in parameters:
+        array = _plain_array(value)
+        if array is None:
+            shape, result = value.shape, own if dtype is None else dtype
+        else:
+            shape = array.shape if layer is None else array.shape[1:]
+            result = array.dtype if dtype is None else dtype
+        fetch = functools.partial(_fetch, value, layer, np.dtype(result))
+        tensors.append(_Tensor(name, tuple(shape), np.dtype(result), fetch))
     return tensors
+
+
+def _plain_array(value: jax.Array | Weight) -> jax.Array | None:
+    """The array of a parameter that is not quantised."""
+    if isinstance(value, DenseWeight):
+        return value.value
+    return None if isinstance(value, Weight) else value
+
+
+def _fetch(value: jax.Array | Weight, layer: int | None, dtype: np.dtype) -> np.ndarray:
+    if isinstance(value, Weight):
+        return np.asarray((value if layer is None else value.layer(layer)).dequantize(dtype))
+    return np.asarray((value if layer is None else value[layer]).astype(dtype))
 
 
 def _shards(tensors: list[_Tensor], max_shard_size: int) -> dict[str, list[_Tensor]]:
@@ -139,7 +152,7 @@ def _write_safetensors(path: Path, tensors: list[_Tensor]) -> None:
     # Wide types first keeps every tensor aligned.
     tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
     # transformers refuses a file that does not say which framework its tensors come from.
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
         header[tensor.name] = {
