@@ -1,5 +1,7 @@
 """Unquantised checkpoints, compared array by array with the model that wrote them."""
 
+import functools
+import io
 import re
 
 import jax
@@ -8,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from rich.console import Console
 
 from tests.loading.checkpoints import as_numpy, dense_parameters, rewrite, write_checkpoint
+from vlmlora.models import loading
+from vlmlora.models.checkpoint import read_checkpoint
 from vlmlora.models.loading import load_model, read_config
 from vlmlora.nn.variables import Frozen, Trainable
 
@@ -109,3 +114,17 @@ def test_an_unpadded_header_makes_no_difference(bf16_checkpoint, tmp_path):
     file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
     assert len(header) % 2 == 1
     assert_same(load_model(tmp_path / "odd", read_config(directory), dtype=jnp.bfloat16), theirs)
+
+
+def test_a_terminal_shows_bytes_and_rate(bf16_checkpoint, monkeypatch):
+    directory, _ = bf16_checkpoint
+    screen = io.StringIO()
+    terminal = functools.partial(Console, file=screen, force_terminal=True, width=120)
+    monkeypatch.setattr(loading, "Console", lambda **_: terminal())
+    load_model(directory, read_config(directory), dtype=jnp.bfloat16, progress=False)
+    assert screen.getvalue() == ""
+    load_model(directory, read_config(directory), dtype=jnp.bfloat16)
+    size = sum(tensor.nbytes for tensor in read_checkpoint(directory).values())
+    assert "Loading weights" in screen.getvalue()
+    assert f"{size / 1000:.1f}/{size / 1000:.1f} kB" in screen.getvalue()
+    assert "B/s" in screen.getvalue()

@@ -94,6 +94,10 @@ class _Slot:
     abstract: jax.ShapeDtypeStruct
     is_linear: bool
 
+    @property
+    def module_name(self) -> str:
+        return self.name.removesuffix(".weight")
+
 
 def plan_loading(
     model: nnx.Module,
@@ -119,51 +123,30 @@ def plan_loading(
     family = family_of(config)
     tensors = _renamed(stored, family, source)
     slots = list(_slots(model))
-    stored_quantized = {
-        slot.name
-        for slot in slots
-        if slot.is_linear and bitsandbytes.is_quantized(tensors, _module_name(slot.name))
-    }
-    if quantize == "int8" and any(
-        bitsandbytes.quant_state_key(tensors, _module_name(n)) for n in stored_quantized
-    ):
+    in_4bit = [slot for slot in slots if bitsandbytes.quant_state_key(tensors, slot.module_name)]
+    if quantize == "int8" and in_4bit:
         raise ValueError(
             f"{source} is stored in 4 bit and cannot be loaded in 8 bit; "
             "pass load_in_4bit=True, or load the model's 16-bit checkpoint"
         )
     quantizable: set[str] = set()
-    if quantize is not None and not stored_quantized:
+    if quantize and not any(bitsandbytes.is_quantized(tensors, slot.module_name) for slot in slots):
         quantizable = {f"{row.path}.weight" for row in module_table(config) if row.part in QUANTIZED_PARTS}
 
-    missing, unfit, pieces, used = [], [], {}, set()
+    missing, unfit, used = [], [], set()
+    pieces: dict[str, list[Piece]] = {}
     for slot in slots:
-        keys = (slot.name,)
-        if slot.name in stored_quantized:
-            keys = bitsandbytes.tensor_keys(tensors, _module_name(slot.name))
+        keys = bitsandbytes.tensor_keys(tensors, slot.module_name) if slot.is_linear else ()
+        used.update(keys or (slot.name,))
         if slot.name not in tensors:
             missing.append(slot.name)
-            used.update(keys)
             continue
-        used.update(keys)
         try:
-            if slot.name in stored_quantized:
-                target = _stored_target(slot, tensors)
-            else:
-                _check_dense(slot, tensors[slot.name])
-                target = _target(slot, quantize if slot.path in quantizable else None)
+            piece = _piece(slot, tensors, keys, quantize if slot.path in quantizable else None)
         except (KeyError, ValueError) as error:
-            unfit.append(str(error.args[0]))
-            continue
-        pieces.setdefault(slot.path, []).append(
-            Piece(
-                slot.name,
-                slot.layer,
-                {key: tensors[key] for key in keys},
-                np.dtype(slot.abstract.dtype),
-                target,
-                slot.name in stored_quantized,
-            )
-        )
+            unfit.append(error.args[0])
+        else:
+            pieces.setdefault(slot.path, []).append(piece)
     extra = [
         tensors[name].key for name in tensors if name not in used and not _is_ignored(name, config, family)
     ]
@@ -212,14 +195,23 @@ def _renamed(stored: Mapping[str, StoredTensor], family: Family, source: str) ->
     return tensors
 
 
-def _module_name(name: str) -> str:
-    return name.removesuffix(".weight")
+def _piece(
+    slot: _Slot, tensors: Mapping[str, StoredTensor], quantized_keys: tuple[str, ...], quantize: LoadMode
+) -> Piece:
+    if quantized_keys:
+        target = _stored_target(slot, tensors)
+    else:
+        _check_dense(slot, tensors[slot.name])
+        target = _target(slot, quantize)
+    used = {key: tensors[key] for key in quantized_keys or (slot.name,)}
+    dtype = np.dtype(slot.abstract.dtype)
+    return Piece(slot.name, slot.layer, used, dtype, target, is_stored_quantized=bool(quantized_keys))
 
 
 def _stored_target(slot: _Slot, tensors: Mapping[str, StoredTensor]) -> Weight:
-    name = _module_name(slot.name)
-    state_key = bitsandbytes.quant_state_key(tensors, name)
-    weight = bitsandbytes.abstract(name, tensors, None if state_key is None else tensors[state_key].read())
+    state_key = bitsandbytes.quant_state_key(tensors, slot.module_name)
+    state = None if state_key is None else tensors[state_key].read()
+    weight = bitsandbytes.abstract(slot.module_name, tensors, state)
     if tuple(weight.shape) != tuple(slot.abstract.shape):
         raise ValueError(f"{slot.name} {list(weight.shape)}, needed {list(slot.abstract.shape)}")
     return weight

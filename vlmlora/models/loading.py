@@ -3,8 +3,8 @@
 import functools
 import json
 from collections import deque
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -197,10 +197,9 @@ def _finish(value: Any, nbytes: int, advance: Callable[[int], None]) -> None:
     advance(nbytes)
 
 
-def _read_ahead(pieces: list[Piece]):
+def _read_ahead(pieces: list[Piece]) -> Iterator[None]:
     """Ask for the pages of the pieces after the current one; one step a piece."""
-    ahead, requested = 0, 0
-    done = 0
+    ahead = requested = done = 0
     for piece in pieces:
         done += piece.nbytes
         while ahead < len(pieces) and requested < done + _READ_AHEAD_BYTES:
@@ -252,32 +251,26 @@ def _allocate(parameter: Parameter) -> jax.Array | Weight:
     return jnp.zeros((parameter.stack, *targets[0].shape), targets[0].dtype)
 
 
-def _progress_bar(shown: bool, total: int):
+def _progress_bar(shown: bool, total: int) -> AbstractContextManager[Callable[[int], None]]:
     """A context that gives a function to say that so many bytes are done."""
     console = Console(stderr=True)
-    if not (shown and (console.is_terminal or console.is_jupyter)):
-        return nullcontext(lambda nbytes: None)
-    return _BytesBar(console, total)
+    if shown and (console.is_terminal or console.is_jupyter):
+        return _bytes_bar(console, total)
+    return nullcontext(lambda nbytes: None)
 
 
-class _BytesBar:
-    def __init__(self, console: Console, total: int):
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(binary_units=False),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        )
-        self.progress = Progress(*columns, console=console)
-        self.task = self.progress.add_task("Loading weights", total=total)
-
-    def __enter__(self) -> Callable[[int], None]:
-        self.progress.start()
-        return lambda nbytes: self.progress.advance(self.task, nbytes)
-
-    def __exit__(self, *exception: object) -> None:
-        self.progress.stop()
+@contextmanager
+def _bytes_bar(console: Console, total: int) -> Iterator[Callable[[int], None]]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("Loading weights", total=total)
+        yield lambda nbytes: progress.advance(task, nbytes)
 
 
 def _make_trainable(model: nnx.Module) -> None:
