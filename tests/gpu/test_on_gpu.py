@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.jaxprs import equations
 from tests.models.qwen2_5_vl_cases import EOS, Case, Visual, batches, tiny_config
 from vlmlora.generation.greedy import greedy_decode
 from vlmlora.lora.apply import add_adapters
@@ -109,12 +108,8 @@ def test_layer_inputs_go_to_host_memory_and_change_nothing(gpu):
     gradients = {}
     for policy in (True, "unsloth"):
         function = jax.grad(make_loss_fn(graphdef, gradient_checkpointing=policy))
-        transfers = [
-            equation
-            for equation in equations(jax.make_jaxpr(function)(adapters, frozen, batch))
-            if "host" in str(equation)[:2000] and equation.primitive.name == "device_put"
-        ]
-        assert bool(transfers) == (policy == "unsloth")
+        jaxpr = jax.make_jaxpr(function)(adapters, frozen, batch)
+        assert ("<host>" in str(jaxpr)) == (policy == "unsloth")
         gradients[policy] = jax.jit(function)(adapters, frozen, batch)
     for a, b in zip(*map(jax.tree.leaves, gradients.values()), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)

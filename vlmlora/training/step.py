@@ -63,7 +63,7 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation) ->
         loss, grads = jax.value_and_grad(loss_fn)(state.adapters, frozen, batch, key=step_key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.adapters)
         adapters = optax.apply_updates(state.adapters, updates)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         return TrainState(adapters, opt_state, state.step + 1), metrics
 
     return step

@@ -1,0 +1,142 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from rich.console import Console
+
+from tests.jaxprs import equations
+from tests.models.qwen2_5_vl_cases import Case, Visual, batches, tiny_config
+from vlmlora.lora.apply import add_adapters
+from vlmlora.lora.config import LoraConfig
+from vlmlora.lora.selection import select
+from vlmlora.models.init import init_parameters
+from vlmlora.models.module_table import module_table
+from vlmlora.models.registry import family_of
+from vlmlora.nn.variables import Trainable
+from vlmlora.training import remat
+from vlmlora.training.loop import fit
+from vlmlora.training.loss import make_loss_fn
+from vlmlora.training.optimizer import adamw
+from vlmlora.training.remat import remat_policy
+from vlmlora.training.step import init_train_state, make_train_step
+
+CONFIG = tiny_config()
+BATCH = batches(Case([[3, Visual(1, 4, 4), 4], [5]]), CONFIG)[1]
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """Structure, adapters with dropout, and frozen parameters of a small random model."""
+    module = family_of(CONFIG).model(CONFIG, dtype=jnp.float32)
+    init_parameters(module, jax.random.key(0), std=0.1)
+    lora = LoraConfig(r=2, lora_dropout=0.5, init_lora_weights=False)
+    add_adapters(module, select(module_table(CONFIG), lora), lora, jax.random.key(1))
+    return nnx.split(module, Trainable, ...)
+
+
+@pytest.fixture(scope="module")
+def trained(parts):
+    """Three steps on one batch: the state after them, their losses, and what they started from."""
+    graphdef, adapters, frozen = parts
+    before = jax.tree.map(np.asarray, (adapters, frozen))
+    optimizer = adamw(0.05, total_steps=100, warmup_steps=1)
+    step = make_train_step(make_loss_fn(graphdef, gradient_checkpointing=True), optimizer)
+    state = init_train_state(adapters, optimizer)
+    state, history = fit(step, state, frozen, iter([BATCH] * 5), total_steps=3)
+    return step, state, history, before
+
+
+def test_steps_learn_and_leave_the_model_alone(parts, trained):
+    _, adapters, frozen = parts
+    _, state, history, before = trained
+    assert int(state.step) == 3
+    assert history.losses[2] < history.losses[0]
+    assert history.tokens == [BATCH["input_ids"].size] * 3
+    # The step donates its state; what `split` returned is still there, and unchanged.
+    for now, then in zip(jax.tree.leaves((adapters, frozen)), jax.tree.leaves(before), strict=True):
+        np.testing.assert_array_equal(now, then)
+
+
+def test_optimizer_state_exists_for_adapters_alone(parts, trained):
+    _, adapters, _ = parts
+    moments = [leaf.size for leaf in jax.tree.leaves(trained[1].opt_state) if leaf.ndim]
+    assert sum(moments) == 2 * sum(leaf.size for leaf in jax.tree.leaves(adapters))
+
+
+def test_dropout_follows_the_key_and_is_off_without_one(parts):
+    graphdef, adapters, frozen = parts
+    loss = jax.jit(make_loss_fn(graphdef, gradient_checkpointing=False))
+    with_key = [float(loss(adapters, frozen, BATCH, key=jax.random.key(k))) for k in (0, 0, 1)]
+    without = float(loss(adapters, frozen, BATCH))
+    assert with_key[0] == with_key[1] != with_key[2]
+    assert without not in with_key
+
+
+def test_a_state_is_donated(trained, parts):
+    step, state, *_ = trained
+    copy = jax.tree.map(jnp.copy, state)
+    step(copy, parts[2], BATCH, None)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(copy.adapters))
+
+
+def test_offload_moves_layer_inputs_to_host_memory(parts, monkeypatch):
+    graphdef, adapters, frozen = parts
+    monkeypatch.setattr(remat, "_offloads_to_host", lambda: True)
+    gradient = jax.grad(make_loss_fn(graphdef, gradient_checkpointing="unsloth"))
+    jaxpr = jax.make_jaxpr(gradient)(adapters, frozen, BATCH)
+    assert "<host>" in str(jaxpr)
+
+
+def test_unsloth_checkpointing_on_a_cpu_is_plain_and_says_so_once(caplog):
+    remat._offloads_to_host.cache_clear()
+    with caplog.at_level("INFO", logger="vlmlora.training.remat"):
+        plain = [remat_policy("unsloth") for _ in range(2)]
+    assert len(caplog.records) == 1
+    assert "cpu has no host memory apart from its own" in caplog.text
+    assert all("policy" not in wrapper.keywords for wrapper in plain)
+
+
+def test_saving_everything_computes_no_layer_twice(parts):
+    graphdef, adapters, frozen = parts
+    count = {}
+    for policy in (False, True):
+        gradient = jax.grad(make_loss_fn(graphdef, gradient_checkpointing=policy))
+        jaxpr = jax.make_jaxpr(gradient)(adapters, frozen, BATCH)
+        count[policy] = sum(e.primitive.name == "dot_general" for e in equations(jaxpr))
+    assert count[False] < count[True]
+
+
+def test_wrong_arguments_are_refused(trained, parts):
+    step, state, *_ = trained
+    with pytest.raises(ValueError, match="use_gradient_checkpointing='unslot'"):
+        remat_policy("unslot")
+    with pytest.raises(ValueError, match="warmup_steps=7"):
+        adamw(total_steps=7, warmup_steps=7)
+    with pytest.raises(ValueError, match="schedule='step'"):
+        adamw(total_steps=7, schedule="step")
+    with pytest.raises(ValueError, match="no batch"):
+        fit(step, state, parts[2], [], total_steps=3)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(parts):
+    def step(state, frozen, batch, key):
+        return state, {"loss": jnp.float32(np.nan)}
+
+    state = init_train_state(parts[1], optax.sgd(1.0))
+    with pytest.raises(FloatingPointError, match="step 0 is nan"):
+        fit(step, state, parts[2], [BATCH], total_steps=1)
+
+
+def test_the_bar_shows_loss_rate_and_time_left(parts):
+    def step(state, frozen, batch, key):
+        return state, {"loss": jnp.float32(1.25)}
+
+    console = Console(record=True, width=120, force_terminal=True)
+    state = init_train_state(parts[1], optax.sgd(1.0))
+    fit(step, state, parts[2], [BATCH] * 3, total_steps=3, console=console)
+    text = console.export_text()
+    assert "3/3" in text
+    assert "loss 1.250" in text
+    assert "tokens/s" in text
