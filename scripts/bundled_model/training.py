@@ -118,8 +118,8 @@ def fit(
 ) -> tuple[int, float]:
     """Trains until the minutes are over, saving and checking on the way.
 
-    The learning rate follows the clock: up over `warmup_steps`, then down to zero as a cosine of the time used,
-    so that a slower machine sees fewer steps of the same schedule.
+    The learning rate follows the clock: up over `warmup_steps`, then down to zero as a cosine of the time
+    used, so that a slower machine sees fewer steps of the same schedule.
 
     Returns:
         Steps taken and seconds used.
