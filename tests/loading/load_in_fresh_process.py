@@ -1,8 +1,9 @@
 """Loads a checkpoint where torch cannot be imported, and prints the model's bytes and the peak of memory.
 
-Run as ``python load_in_fresh_process.py DIRECTORY [nf4]``.
+Run as ``python load_in_fresh_process.py DIRECTORY``: once as it is stored, once as NF4.
 """
 
+import gc
 import json
 import re
 import sys
@@ -22,10 +23,10 @@ def anonymous_bytes() -> int:
     return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-def main(directory: str, quantize: str | None = None) -> None:
-    """Load, and watch the memory meanwhile."""
+def load(directory: str, quantize: str | None) -> dict[str, int]:
+    """The bytes of the model, and by how much memory grew at most."""
     config = read_config(directory)
-    jax.block_until_ready(jax.numpy.zeros(8))
+    gc.collect()
     start = peak = anonymous_bytes()
     done = threading.Event()
 
@@ -39,8 +40,7 @@ def main(directory: str, quantize: str | None = None) -> None:
     model = load_model(directory, config, dtype="bfloat16", quantize=quantize)
     done.set()
     thread.join()
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
-    print(json.dumps({"model": size, "peak": peak - start}))
+    return {"model": sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model))), "peak": peak - start}
 
 
-main(*sys.argv[1:])
+print(json.dumps({str(quantize): load(sys.argv[1], quantize) for quantize in (None, "nf4")}))
