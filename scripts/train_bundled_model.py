@@ -2,10 +2,12 @@
 
     python scripts/train_bundled_model.py fonts .fonts
     python scripts/train_bundled_model.py train --fonts .fonts --minutes 6
+    python scripts/train_bundled_model.py train --fonts .fonts --minutes 2 --resume
 
 The first command collects the fonts named in `bundled_model/fonts.txt` from Debian's packages; the second
 needs nothing but them and an accelerator, and is done, evaluation included, some two minutes after the
-minutes that it is given.
+minutes that it is given. The third goes on from what the second wrote, with the learning rate's schedule from
+its start, and adds its run to the record.
 """
 
 import argparse
@@ -41,6 +43,7 @@ def main() -> None:
     train.add_argument("--chunk", type=int, default=1000, help="pictures that a worker renders at a time")
     train.add_argument("--scratch", type=Path, default=_scratch(), help="folder for the rendered pictures")
     train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--resume", action="store_true", help="go on from the weights in --out")
     arguments = parser.parse_args()
     # Imported here, because the rendering processes import this file too and need neither.
     if arguments.command == "fonts":

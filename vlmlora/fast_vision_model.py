@@ -25,6 +25,7 @@ from vlmlora.models.hub import resolve
 from vlmlora.models.loading import IMPLIED_TRUE, load_model, read_config, resolve_load_mode
 from vlmlora.models.module_table import ModuleTable, module_table
 from vlmlora.models.registry import family_of
+from vlmlora.models.saving import save_checkpoint
 from vlmlora.nn.variables import Trainable
 from vlmlora.training.remat import remat_policy
 

@@ -25,8 +25,9 @@ Ask it "{prompt}" about an RGB picture 32 to 64 pixels high and up to 192 wide.
 {accuracies}
 
 Trained on {device} in {minutes:.1f} minutes: {steps:,} steps of {batch_size} pictures, drawn from
-{rendered:,} that were rendered in {fonts} fonts of Debian and matplotlib, none of them handwriting. Command:
-`{command}`.
+{rendered:,} that were rendered in {fonts} fonts of Debian and matplotlib, none of them handwriting:
+
+{commands}
 """
 
 _ROWS = (
@@ -40,6 +41,15 @@ def write_card(directory: Path, results: dict[str, Any], *, prompt: str) -> None
     """Writes `README.md` from the recorded results."""
     accuracy = results["held_out_accuracy"]
     rows = "\n".join(f"| {title} | {accuracy[key]:.1%} |" for key, title in _ROWS)
-    facts = {**results["training"], "device": results["device"], "parameters": results["parameters"]}
-    text = _CARD.format(name=directory.name, accuracies=rows, prompt=prompt, **facts)
+    runs = results["training"]
+    totals = {key: sum(run[key] for run in runs) for key in ("minutes", "steps", "rendered")}
+    text = _CARD.format(
+        name=directory.name,
+        accuracies=rows,
+        prompt=prompt,
+        batch_size=runs[-1]["batch_size"],
+        commands="\n".join(f"    {run['command']}" for run in runs),
+        **{key: results[key] for key in ("device", "parameters", "fonts")},
+        **totals,
+    )
     (directory / "README.md").write_text(text)

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import platform
+import shutil
 import sys
 import tempfile
 import time
@@ -34,6 +35,8 @@ from vlmlora.training.loss import make_loss_fn
 from vlmlora.training.step import TrainState, init_train_state, make_train_step
 
 TRAIN_STREAM, HELD_OUT_STREAM, HELD_OUT_FONTS_STREAM = 1, 2, 3
+RUN_STRIDE = 10
+"""Between the streams of pictures of one run and the next."""
 LOG_EVERY = 100
 
 
@@ -48,10 +51,13 @@ class HeldOut:
 def run(arguments: argparse.Namespace) -> None:
     """Trains the model, saves it, evaluates what was saved, and records the results."""
     fonts = font_paths(arguments.fonts, "train")
+    earlier = json.loads(arguments.results.read_text())["training"] if arguments.resume else []
     with tempfile.TemporaryDirectory() as folder:
         initial = Path(folder)
         write_directory(initial)
         parameters = write_initial_weights(initial, seed=arguments.seed)
+        if arguments.resume:
+            shutil.copy(arguments.out / "model.safetensors", initial)
         say(f"{parameters:,} parameters; {len(fonts)} fonts; device {jax.devices()[0].device_kind}")
         tokenizer_file = initial / "tokenizer.json"
         with SamplePool(
@@ -61,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
             capacity=arguments.capacity,
             chunk=arguments.chunk,
             workers=arguments.workers,
-            seed=TRAIN_STREAM,
+            seed=TRAIN_STREAM + RUN_STRIDE * len(earlier),
         ) as pool:
             model, processor = FastVisionModel.from_pretrained(
                 initial, dtype=jnp.float32, full_finetuning=True, use_gradient_checkpointing=False
@@ -77,17 +83,20 @@ def run(arguments: argparse.Namespace) -> None:
         "parameters": parameters,
         "held_out_accuracy": accuracy,
         "held_out_pictures": arguments.held_out,
-        "training": {
-            "steps": steps,
-            "batch_size": arguments.batch_size,
-            "learning_rate": arguments.learning_rate,
-            "minutes": round(seconds / 60, 2),
-            "rendered": rendered,
-            "fonts": len(fonts),
-            "held_out_fonts": len(font_paths(arguments.fonts, "held-out")),
-            "seed": arguments.seed,
-            "command": " ".join(["python", *sys.argv]),
-        },
+        "fonts": len(fonts),
+        "held_out_fonts": len(font_paths(arguments.fonts, "held-out")),
+        "training": [
+            *earlier,
+            {
+                "steps": steps,
+                "batch_size": arguments.batch_size,
+                "learning_rate": arguments.learning_rate,
+                "minutes": round(seconds / 60, 2),
+                "rendered": rendered,
+                "seed": arguments.seed,
+                "command": " ".join(["python", *sys.argv]),
+            },
+        ],
         "device": jax.devices()[0].device_kind,
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {"python": platform.python_version()}
