@@ -1,7 +1,8 @@
 """The door that Unsloth users know: load a model, choose what learns, save the adapter."""
 
+import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,7 @@ class FastVisionModel:
                 "the model was loaded with full_finetuning=True, which trains every parameter; "
                 "load it without to train an adapter"
             )
+        arguments |= {"rank_pattern": rank_pattern or {}, "alpha_pattern": alpha_pattern or {}}
         config = LoraConfig(**arguments, base_model_name_or_path=model.name_or_path, revision=model.revision)
         selection = select(model.module_table, config)
         add_adapters(model.module, selection, config, jax.random.key(random_state))
@@ -332,9 +334,9 @@ def default_dtype() -> DTypeLike:
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
-def _reject_unknown(function: Any, unknown: Mapping[str, Any]) -> None:
-    code = function.__code__
-    known = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+def _reject_unknown(function: Callable, unknown: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(function).parameters.values()
+    known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
     reject_unknown_arguments(unknown, known, caller=function.__name__)
 
 

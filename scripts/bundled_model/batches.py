@@ -205,7 +205,7 @@ def assemble(tables: BatchTables, records: dict[str, Array], *, answers: bool = 
     return labels | {
         "input_ids": jnp.where(inside, input_ids, tables.pad),
         "position_ids": jnp.where(inside, jnp.moveaxis(tables.position_ids[conversation, size], 1, 0), 0),
-        "segment_ids": inside.astype(jnp.int32),
+        "attention_mask": inside.astype(jnp.int32),
         "pixel_values": jnp.where(filled[..., None] > 0, values, 0.0),
         "patch_positions": tables.patch_positions[size],
         "image_segment_ids": filled,

@@ -81,8 +81,8 @@ def test_a_batch_holds_what_transformers_gives_the_model(processor, family, toke
         return_tensors="pt",
     )
     np.testing.assert_array_equal(batch["input_ids"][:4], expected["input_ids"])
-    np.testing.assert_array_equal(batch["segment_ids"][:4], expected["attention_mask"])
-    assert not batch["segment_ids"][4].any()
+    np.testing.assert_array_equal(batch["attention_mask"][:4], expected["attention_mask"])
+    assert not batch["attention_mask"][4].any()
     assert (batch["labels"][4] == -100).all()
     positions, _ = RopeIndex(config.vision_config.tokens_per_second).get_rope_index(
         expected["input_ids"],
@@ -115,7 +115,7 @@ def test_a_batch_holds_what_transformers_gives_the_model(processor, family, toke
 def test_a_batch_of_text_has_no_image_arrays(processor):
     sample = processor.encode(conversation())
     batch = processor.collate([sample])
-    assert set(batch) == {"input_ids", "labels", "segment_ids", "position_ids"}
+    assert set(batch) == {"input_ids", "labels", "attention_mask", "position_ids"}
     assert batch["position_ids"][:, 0, : len(sample)].tolist() == [list(range(len(sample)))] * 3
     with_room = processor.collate([sample], Budget(max_images=2, max_patches=64))
     assert with_room["pixel_values"].shape == (2, 64, 1176)

@@ -15,6 +15,7 @@ from vlmlora.lora.peft_format import save_adapter
 from vlmlora.lora.selection import select
 from vlmlora.models.loading import load_model, read_config
 from vlmlora.models.module_table import module_table
+from vlmlora.nn.batch import model_inputs
 
 ADAPTERS = {
     "full": {},
@@ -37,14 +38,14 @@ def base(tmp_path_factory):
     config = read_config(directory)
     module = load_model(directory, config, dtype=np.float32, quantize=None, progress=False)
     theirs, ours, valid = batches(Case([[3, Visual(1, 4, 6), 5], [9]]), config)
-    del theirs["labels"], ours["labels"]
+    del theirs["labels"]
     return torch_model, module, module_table(config), theirs, ours, valid
 
 
 @jax.jit
 def logits(module, inputs):
     """This library's logits."""
-    return module.logits(module(**inputs)[0])
+    return module.logits(module(**model_inputs(inputs))[0])
 
 
 @pytest.mark.parametrize("arguments", ADAPTERS.values(), ids=ADAPTERS.keys())

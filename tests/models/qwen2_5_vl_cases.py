@@ -148,7 +148,7 @@ def batches(case: Case, config: Qwen2_5_VLConfig, seed: int = 0) -> tuple[dict, 
     ours = {
         "input_ids": input_ids.astype(np.int32),
         "position_ids": position_ids.astype(np.int32),
-        "segment_ids": mask.astype(np.int32),
+        "attention_mask": mask.astype(np.int32),
         "labels": labels.astype(np.int32),
     }
     if visuals:

@@ -20,6 +20,7 @@ from vlmlora.lora.apply import adapted_modules
 from vlmlora.lora.peft_format import load_adapter_into
 from vlmlora.models.loading import load_model, read_config
 from vlmlora.models.module_table import module_table
+from vlmlora.nn.batch import model_inputs
 from vlmlora.nn.variables import Trainable
 from vlmlora.training.loss import make_loss_fn
 
@@ -79,6 +80,11 @@ def case(request, tmp_path_factory):
     return directory, adapted, theirs, ours, valid
 
 
+@jax.jit
+def compute_logits(module, batch):
+    return module.logits(module(**model_inputs(batch))[0])
+
+
 def load(directory):
     """This library's model, its adapters set, from the same files."""
     config = read_config(directory / "base")
@@ -100,8 +106,7 @@ def test_logits_positions_loss_and_gradients(case):
     output = adapted(**theirs)
     output.loss.backward()
     expected = output.logits.detach().numpy()
-    inputs = {k: v for k, v in ours.items() if k != "labels"}
-    logits = jax.jit(lambda module, inputs: module.logits(module(**inputs)[0]))(module, inputs)
+    logits = compute_logits(module, ours)
     difference = np.abs(np.asarray(logits) - expected)[valid].max()
     # Both compute in float32, in another order: measured differences are near 1e-6 of the largest logit.
     assert difference <= 1e-4 * np.abs(expected[valid]).max()
@@ -130,6 +135,27 @@ def test_logits_positions_loss_and_gradients(case):
             compared += 1
     assert not expected_gradients
     assert compared > 0
+
+
+def test_samples_packed_into_one_row_do_not_see_each_other(tmp_path):
+    config, case = CASES["untied"]
+    random_torch_model(config).save_pretrained(tmp_path)
+    _, batch, valid = batches(case, config)
+    module = load_model(tmp_path, read_config(tmp_path), dtype=np.float32, quantize=None, progress=False)
+    images = {k: batch[k] for k in ("pixel_values", "patch_positions", "image_segment_ids")}
+    packed = images | {
+        name: batch[name][..., valid][..., None, :]
+        for name in ("input_ids", "position_ids", "labels", "image_token_index")
+    }
+    packed["segment_ids"] = (np.nonzero(valid)[0] + 1).astype(np.int32)[None]
+
+    separate = np.asarray(compute_logits(module, batch))[valid]
+    found = np.asarray(compute_logits(module, packed))[0]
+    # The same float32 products in longer rows.
+    assert np.abs(found - separate).max() <= 1e-5 * np.abs(separate).max()
+    graphdef, adapters, frozen = nnx.split(module, Trainable, ...)
+    loss = jax.jit(make_loss_fn(graphdef, chunk_size=16))
+    np.testing.assert_allclose(loss(adapters, frozen, packed), loss(adapters, frozen, batch), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["tied", "video", "text_only"])

@@ -56,7 +56,7 @@ class FamilyProcessor(Protocol):
     def collate(
         self,
         input_ids: np.ndarray,
-        segment_ids: np.ndarray,
+        attention_mask: np.ndarray,
         images: Sequence[Sequence[Any]],
         videos: Sequence[Sequence[Any]],
         *,
@@ -281,7 +281,7 @@ class VisionLanguageProcessor:
             pad_to_multiple_of: see `budget`.
 
         Returns:
-            `input_ids`, `segment_ids` (1, and 0 for padding) and `labels` ``[batch, tokens]`` int32, and
+            `input_ids`, `attention_mask` (1, and 0 for padding) and `labels` ``[batch, tokens]`` int32, and
             what the family adds for its model.
 
         Raises:
@@ -307,20 +307,20 @@ class VisionLanguageProcessor:
         pad = self.tokenizer.pad_token_id
         input_ids = np.full((rows, tokens), 0 if pad is None else pad, np.int32)
         labels = np.full((rows, tokens), IGNORE_INDEX, np.int32)
-        segment_ids = np.zeros((rows, tokens), np.int32)
+        attention_mask = np.zeros((rows, tokens), np.int32)
         for row, sample in enumerate(samples):
             input_ids[row, : len(sample)] = sample.input_ids
             labels[row, : len(sample)] = sample.labels
-            segment_ids[row, : len(sample)] = 1
+            attention_mask[row, : len(sample)] = 1
         family = self.family.collate(
             input_ids,
-            segment_ids,
+            attention_mask,
             [sample.images for sample in samples],
             [sample.videos for sample in samples],
             image_rows=image_rows,
             patches=patches,
         )
-        return {"input_ids": input_ids, "segment_ids": segment_ids, "labels": labels, **family}
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, **family}
 
     def decode(self, token_ids: Any, *, skip_special_tokens: bool = True) -> str:
         """Text of one row of tokens."""

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int, PyTree
 
+from vlmlora.nn.batch import model_inputs
+
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "max_new_tokens", "eos_token_ids", "pad_token_id"))
 def greedy_decode(
@@ -24,7 +26,7 @@ def greedy_decode(
     Args:
         graphdef: structure of the model.
         state: all of its parameters.
-        batch: the model's inputs, prompts padded on the right; ``segment_ids`` [batch, tokens] is 1 for a
+        batch: the model's inputs, prompts padded on the right; ``attention_mask`` [batch, tokens] is 1 for a
             token and 0 for padding.
         max_new_tokens: tokens at most.
         eos_token_ids: tokens that end a row.
@@ -34,8 +36,8 @@ def greedy_decode(
         The new tokens, an end token included; the loop stops once every row has ended.
     """
     model = nnx.merge(graphdef, state)
-    valid = batch["segment_ids"] > 0
-    inputs = {name: array for name, array in batch.items() if name not in ("labels", "segment_ids")}
+    valid = batch["attention_mask"] > 0
+    inputs = model_inputs(batch)
     rows, length = batch["input_ids"].shape
     last = jnp.max(jnp.where(valid, jnp.arange(length), 0), axis=1)
     position_ids = batch["position_ids"]

@@ -118,7 +118,9 @@ class DenseWeight(_Arrays):
     def __rmatmul__(self, x: Float[ArrayLike, "*batch in"]) -> Float[Array, "*batch out"]:
         """``x @ W.T`` in the type of `x`; differentiable in both."""
         x = _operand(x, self)
-        return jnp.matmul(x, self.value.astype(x.dtype).T)
+        # Contracts the last axes as they are: a transposed weight would be another array to save for the
+        # backward pass, once for every layer of a scan.
+        return jax.lax.dot_general(x, self.value.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
 
     def dequantize(self, dtype: DTypeLike) -> Float[Array, "*stack out in"]:
         """The array, cast to `dtype`."""

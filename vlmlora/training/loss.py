@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
+from vlmlora.nn.batch import model_inputs
 from vlmlora.training.remat import remat_policy
 
 IGNORE_INDEX = -100
@@ -86,8 +87,7 @@ def make_loss_fn(
         adapters: PyTree, frozen: PyTree, batch: Mapping[str, jax.Array], key: PRNGKeyArray | None = None
     ) -> Float[Array, ""]:
         model = nnx.merge(graphdef, adapters, frozen)
-        inputs = {name: array for name, array in batch.items() if name != "labels"}
-        hidden, _ = model(**inputs, remat=remat, key=key)
+        hidden, _ = model(**model_inputs(batch), remat=remat, key=key)
         labels = next_token_labels(batch["labels"], batch.get("segment_ids"))
         total = cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]), model.logits, labels.reshape(-1), chunk_size=chunk_size

@@ -256,7 +256,7 @@ class Qwen2_5_VLProcessor:
     def collate(
         self,
         input_ids: Integer[np.ndarray, "batch tokens"],
-        segment_ids: Integer[np.ndarray, "batch tokens"],
+        attention_mask: Integer[np.ndarray, "batch tokens"],
         images: Sequence[Sequence[VisionInput]],
         videos: Sequence[Sequence[VisionInput]],
         *,
@@ -267,7 +267,7 @@ class Qwen2_5_VLProcessor:
 
         Args:
             input_ids: tokens, padded.
-            segment_ids: 0 for padding.
+            attention_mask: 0 for padding.
             images: for every row of tokens its images, in the order of their placeholders.
             videos: the same for videos.
             image_rows: rows of `pixel_values`, one an image or video; 0 leaves out all that concerns them.
@@ -281,12 +281,12 @@ class Qwen2_5_VLProcessor:
         Raises:
             ValueError: an image or their number exceeds its budget.
         """
-        types = np.where(segment_ids > 0, self.mm_token_type_ids(input_ids), 0)
+        types = np.where(attention_mask > 0, self.mm_token_type_ids(input_ids), 0)
         all_images = [image for row in images for image in row]
         all_videos = [video for row in videos for video in row]
         positions, _ = mrope_position_ids(
             types,
-            attention_mask=segment_ids > 0,
+            attention_mask=attention_mask > 0,
             image_grid_thw=_grids(all_images),
             video_grid_thw=_grids(all_videos),
             second_per_grid_ts=np.array([video.second_per_grid_t for video in all_videos], np.float32),
