@@ -1,5 +1,6 @@
 """LoRA and QLoRA fine-tuning of vision-language models in JAX."""
 
+import logging
 from importlib import import_module
 from typing import Any
 
@@ -17,6 +18,9 @@ _EXPORTS = {
 }
 
 __all__ = ["__version__", *_EXPORTS]
+
+# transformers says at its import that there is no PyTorch, which nothing here needs.
+logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())
 
 
 def __getattr__(name: str) -> Any:
