@@ -12,8 +12,10 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from transformers import Qwen2_5_VLForConditionalGeneration
+from typer.testing import CliRunner
 
 from vlmlora import FastVisionModel, adamw, init_train_state, make_loss_fn, make_train_step
+from vlmlora.cli import app
 from vlmlora.demo.handwriting import bundled_model
 from vlmlora.nn.batch import model_inputs
 
@@ -182,6 +184,15 @@ def test_training_and_inference_modes(loaded):
 def test_importing_prints_nothing(code):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_the_command_line_says_what_is_wrong_without_a_traceback(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("kept")
+    result = CliRunner().invoke(app, ["demo", "--out", str(file)])
+    assert result.exit_code == 1
+    assert result.stderr.strip() == f"vlmlora demo: {file} is a file; the demonstration writes a folder"
+    assert file.read_text() == "kept"
 
 
 def test_help_imports_neither_jax_nor_transformers():

@@ -12,10 +12,11 @@ app = typer.Typer(
 )
 
 
-def _print_version(value: bool) -> None:
+def _print_version(value: bool) -> bool:
     if value:
         print(vlmlora.__version__)
         raise typer.Exit
+    return value
 
 
 @app.callback()
@@ -36,4 +37,8 @@ def demo(
     """Teach the bundled model to read handwritten digits through LoRA, and show it."""
     from vlmlora.demo import run
 
-    run(out)
+    try:
+        run(out)
+    except (OSError, ValueError) as error:
+        typer.secho(f"vlmlora demo: {error}", fg="red", err=True)
+        raise typer.Exit(1) from error

@@ -19,7 +19,7 @@ def remat_policy(name: bool | str) -> Remat | None:
     Args:
         name: False saves every intermediate result. True saves a layer's input alone and computes the rest
             again in the backward pass. ``"unsloth"`` does the same and keeps the layer inputs in pinned host
-            memory; on a backend without such memory it is True, which is logged once.
+            memory; on a backend without such memory it is True, which a warning says once.
 
     Raises:
         ValueError: unknown name.
@@ -51,7 +51,7 @@ def _offloads_to_host() -> bool:
         m.kind == "pinned_host" for m in device.addressable_memories()
     )
     if not offloads:
-        logger.info(
+        logger.warning(
             'use_gradient_checkpointing="unsloth": %s has no host memory apart from its own; inputs stay',
             device.platform,
         )
