@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from transformers import Qwen2_5_VLConfig
 
+from benchmarks.shapes import qwen2_5_vl_7b
 from vlmlora.lora.config import LoraConfig
 from vlmlora.lora.selection import select
 from vlmlora.models.module_table import module_table
@@ -51,17 +51,7 @@ def test_the_table_names_the_linear_modules_of_transformers(table, torch_model):
 
 
 def test_default_flags_on_the_7b_shape_train_what_unsloth_trains():
-    text = {
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-    }
-    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
-    config = Qwen2_5_VLConfig(text_config=text, vision_config={**vision, "out_hidden_size": 3584})
-    selection = select(module_table(config), LoraConfig(r=16))
+    selection = select(module_table(qwen2_5_vl_7b()), LoraConfig(r=16))
     assert selection.parameters == 51_521_536
     by_part = {
         part: sum(m.parameters for m in selection.modules if m.spec.part == part)
