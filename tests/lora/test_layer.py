@@ -7,12 +7,20 @@ import pytest
 import torch
 from flax import nnx
 
-from vlmlora.lora.apply import adapted_modules, add_adapters, remove_adapters, trainable_parameters
+from tests.jaxprs import equations
+from vlmlora.lora.apply import (
+    LoraArrays,
+    adapted_modules,
+    add_adapters,
+    make_adapter,
+    remove_adapters,
+    trainable_parameters,
+)
 from vlmlora.lora.config import LoraConfig
 from vlmlora.lora.init import init_lora
 from vlmlora.lora.layer import Lora
 from vlmlora.lora.selection import select
-from vlmlora.models.module_table import linear_modules
+from vlmlora.models.module_table import LinearSpec, linear_modules
 from vlmlora.nn.linear import Linear
 from vlmlora.nn.stack import scan_layers
 from vlmlora.nn.variables import Trainable
@@ -129,6 +137,64 @@ def test_a_scan_applies_the_adapter_to_its_layers_only(layers):
     assert all(bool(jnp.any(leaf != 0, axis=(1, 2)).all()) for leaf in jax.tree.leaves(grads))
 
 
+def test_layers_of_different_ranks_hold_their_own_parameters_and_share_one_scan():
+    stack, ranks = 5, {0: 3, 2: 1, 3: 2, 4: 3}
+
+    class Tower(nnx.Module):
+        def __init__(self, ranks):
+            self.stack = stack
+            specs = [LinearSpec(f"t.{i}.m", "language", "mlp", i, IN, OUT, True, "t.m") for i in ranks]
+            arrays = [
+                LoraArrays(np.asarray(draw(10 + i, r, IN)), np.asarray(draw(20 + i, OUT, r)), 1.0 + i)
+                for i, r in ranks.items()
+            ]
+            self.proj = linear_with(make_adapter(specs, arrays, dropout=0), stack=stack)
+
+    x = draw(5, 3, IN)
+
+    def outputs(adapters, graphdef, frozen):
+        module = nnx.merge(graphdef, adapters, frozen)
+        return scan_layers(module, x, lambda layer, x, _, *, key: (x, layer.proj(x, key=key)))[1]
+
+    def loss(adapters, *rest):
+        return jnp.sum(outputs(adapters, *rest) ** 2)
+
+    tower = Tower(ranks)
+    graphdef, adapters, frozen = nnx.split(tower, Trainable, ...)
+    assert trainable_parameters(tower) == sum(r * (IN + OUT) for r in ranks.values())
+    found = outputs(adapters, graphdef, frozen)
+    grads = jax.grad(loss)(adapters, graphdef, frozen)
+    groups = {group.r: (i, group) for i, group in enumerate(tower.proj.adapter.groups)}
+    for layer in range(stack):
+        weight, bias = tower.proj.weight.get_value().value[layer], tower.proj.bias.get_value()[layer]
+        expected = x @ weight.T + bias
+        if layer in ranks:
+            i, group = groups[ranks[layer]]
+            n = group.layers.index(layer)
+            A, B = group.lora_A.get_value()[n], group.lora_B.get_value()[n]
+            expected = expected + (1.0 + layer) * (x @ A.T) @ B.T
+            np.testing.assert_allclose(
+                x @ group.merged(weight, n).T + group.merged_bias(bias, n), expected, rtol=1e-4, atol=1e-4
+            )
+            # d sum(y²) / dB = scaling · 2 yᵀ (x Aᵀ).
+            wanted = (1.0 + layer) * 2 * expected.T @ (x @ A.T)
+            grad = grads["proj"]["adapter"]["groups"][i]["lora_B"].get_value()[n]
+            np.testing.assert_allclose(grad, wanted, rtol=1e-3, atol=1e-2)
+        np.testing.assert_allclose(found[layer], expected, rtol=1e-4, atol=1e-4)
+
+    # However many ranks there are, the scan's body is the same program; each adds three pads outside of it.
+    def program(ranks):
+        split = nnx.split(Tower(ranks), Trainable, ...)
+        jaxpr = jax.make_jaxpr(lambda adapters: outputs(adapters, split[0], split[2]))(split[1])
+        scans = [eqn for eqn in equations(jaxpr) if eqn.primitive.name == "scan"]
+        (body,) = [len(list(equations(eqn.params["jaxpr"]))) for eqn in scans]
+        return body, len(list(equations(jaxpr)))
+
+    (body, size), (one_body, one_size) = program(ranks), program(dict.fromkeys(ranks, 2))
+    assert body == one_body
+    assert size - one_size <= 40
+
+
 def test_a_stacked_adapter_is_not_called_whole_nor_expanded_too_short():
     adapter = stacked_adapter([0, 3])
     with pytest.raises(ValueError, match="one layer at a time"):
@@ -145,8 +211,8 @@ def test_initialisation_has_pefts_distribution(method):
         torch.nn.Sequential(torch.nn.Linear(n_in, n_out)),
         peft.LoraConfig(r=r, target_modules=["0"], init_lora_weights=method),
     ).base_model.model[0]
-    A, B = init_lora(jax.random.key(0), ["m"], in_features=n_in, out_features=n_out, r=r, method=method)
-    for ours, theirs in ((A[0], oracle.lora_A["default"].weight), (B[0], oracle.lora_B["default"].weight)):
+    A, B = init_lora(jax.random.key(0), "m", in_features=n_in, out_features=n_out, r=r, method=method)
+    for ours, theirs in ((A, oracle.lora_A["default"].weight), (B, oracle.lora_B["default"].weight)):
         theirs = theirs.detach().numpy()
         assert ours.shape == theirs.shape
         # At least 768 draws each: a standard deviation is known to about 3 %, a mean to 0.04 of one.

@@ -196,8 +196,8 @@ def test_rank_and_alpha_patterns(table):
     one, two = (chosen[f"model.language_model.layers.{i}.self_attn.q_proj"] for i in (1, 2))
     assert (one.r, one.scaling, two.r, two.scaling) == (4, 8.0, 4, 4.0)
     assert chosen["model.visual.blocks.0.attn.qkv"].r == 8
-    with pytest.raises(NotImplementedError, match=r"layers\.self_attn\.q_proj different ranks"):
-        names(table, rank_pattern={"layers.1.self_attn.q_proj": 4})
+    mixed = select(table, LoraConfig(r=8, rank_pattern={"layers.1.self_attn.q_proj": 4}))
+    assert [m.r for m in mixed.by_path["model.language_model.layers.self_attn.q_proj"]] == [8, 4, 8]
 
 
 @pytest.mark.parametrize(

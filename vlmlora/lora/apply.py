@@ -1,16 +1,17 @@
 """Put adapters on a model's linear modules, take them off, and find them."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Float, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from vlmlora.lora.config import LoraConfig
 from vlmlora.lora.init import init_lora, module_salt
-from vlmlora.lora.layer import Lora
+from vlmlora.lora.layer import Lora, MixedRankLora, groups_of
 from vlmlora.lora.selection import Selection
 from vlmlora.models.module_table import LinearSpec, ModuleTable, linear_modules
 from vlmlora.nn.linear import Linear
@@ -32,40 +33,72 @@ def add_adapters(module: nnx.Module, selection: Selection, config: LoraConfig, k
     linears = linears_without_adapters(module, selection.table)
     for path, selected in selection.by_path.items():
         specs = [each.spec for each in selected]
-        lora_A, lora_B = init_lora(
-            key,
-            [spec.name for spec in specs],
-            in_features=specs[0].in_features,
-            out_features=specs[0].out_features,
-            r=selected[0].r,
-            method=config.init_lora_weights,
-        )
-        scaling = [each.scaling for each in selected]
-        linears[path].adapter = make_adapter(specs, lora_A, lora_B, scaling, dropout=config.lora_dropout)
+        arrays = [
+            LoraArrays(
+                *init_lora(
+                    key,
+                    each.spec.name,
+                    in_features=each.spec.in_features,
+                    out_features=each.spec.out_features,
+                    r=each.r,
+                    method=config.init_lora_weights,
+                ),
+                each.scaling,
+            )
+            for each in selected
+        ]
+        linears[path].adapter = make_adapter(specs, arrays, dropout=config.lora_dropout)
+
+
+@dataclass(frozen=True, eq=False)
+class LoraArrays:
+    """What the adapter of one layer holds; arrays on the host.
+
+    Attributes:
+        lora_A: [r, in].
+        lora_B: [out, r].
+        scaling: factor on the adapter's output.
+        lora_bias: [out]; None without.
+        magnitude: DoRA's row lengths, [out]; None without.
+    """
+
+    lora_A: np.ndarray
+    lora_B: np.ndarray
+    scaling: float
+    lora_bias: np.ndarray | None = None
+    magnitude: np.ndarray | None = None
 
 
 def make_adapter(
-    specs: list[LinearSpec],
-    lora_A: Float[np.ndarray, "layers r in"],
-    lora_B: Float[np.ndarray, "layers out r"],
-    scaling: Sequence[float],
-    *,
-    dropout: int | float,
-) -> Lora:
-    """The adapter of one module of the tree.
+    specs: Sequence[LinearSpec], arrays: Sequence[LoraArrays], *, dropout: int | float
+) -> Lora | MixedRankLora:
+    """The adapter of one module of the tree: one group of layers for each rank.
 
     Args:
-        specs: the layers to adapt, in the order of the arrays' leading axis.
-        lora_A: of each layer.
-        lora_B: of each layer.
-        scaling: of each layer.
+        specs: the layers to adapt, in ascending order.
+        arrays: of each layer.
         dropout: probability that an element of the adapter's input is dropped.
     """
-    arrays = [np.asarray(a, np.float32) for a in (lora_A, lora_B, scaling)]
-    layers = None if specs[0].layer is None else tuple(spec.layer for spec in specs)
-    if layers is None:
-        arrays = [array[0] for array in arrays]
-    return Lora(*map(jnp.asarray, arrays), layers=layers, dropout=dropout, salt=module_salt(specs[0].path))
+    by_rank: dict[int, list[tuple[LinearSpec, LoraArrays]]] = {}
+    for spec, each in zip(specs, arrays, strict=True):
+        by_rank.setdefault(each.lora_A.shape[0], []).append((spec, each))
+    salt = module_salt(specs[0].path)
+    groups = [_group(by_rank[r], dropout=dropout, salt=salt) for r in sorted(by_rank)]
+    return groups[0] if len(groups) == 1 else MixedRankLora(groups)
+
+
+def _group(layers: Sequence[tuple[LinearSpec, LoraArrays]], *, dropout: int | float, salt: int) -> Lora:
+    """Layers of one rank on a leading axis, or one layer that does not repeat as it is."""
+    numbers = None if layers[0][0].layer is None else tuple(spec.layer for spec, _ in layers)
+
+    def stacked(name: str) -> jax.Array | None:
+        values = [getattr(arrays, name) for _, arrays in layers]
+        if values[0] is None:
+            return None
+        return jnp.asarray(values[0] if numbers is None else np.stack(values), jnp.float32)
+
+    arrays = {f.name: stacked(f.name) for f in fields(LoraArrays)}
+    return Lora(**arrays, layers=numbers, dropout=dropout, salt=salt)
 
 
 def linears_without_adapters(module: nnx.Module, table: ModuleTable) -> dict[str, Linear]:
@@ -101,17 +134,16 @@ def remove_adapters(module: nnx.Module) -> None:
 def adapted_modules(module: nnx.Module, table: ModuleTable) -> Iterator[tuple[LinearSpec, Lora, int | None]]:
     """Each adapted module of the table, its adapter, and its index on the adapter's layer axis.
 
-    The index is None where the adapter has no layer axis.
+    The index is None where the adapter has no layer axis. Layers of one stacked module that have different
+    ranks have different adapters.
     """
     linears = linear_modules(module)
     for spec in table:
-        adapter = linears[spec.path].adapter
-        if adapter is None:
-            continue
-        if adapter.layers is None:
-            yield spec, adapter, None
-        elif spec.layer in adapter.layers:
-            yield spec, adapter, adapter.layers.index(spec.layer)
+        for adapter in groups_of(linears[spec.path].adapter):
+            if adapter.layers is None:
+                yield spec, adapter, None
+            elif spec.layer in adapter.layers:
+                yield spec, adapter, adapter.layers.index(spec.layer)
 
 
 def trainable_parameters(module: nnx.Module) -> int:

@@ -45,9 +45,8 @@ class LoraConfig:
         ensure_weight_tying: not supported.
         finetune_projector: adapt the projector between the vision tower and the language model.
         use_dora: not supported.
-        rank_pattern: name or regular expression at a name's end → rank. Layers that share a stacked module
-            need one rank.
-        alpha_pattern: the same for `lora_alpha`; it may differ from layer to layer.
+        rank_pattern: name or regular expression at a name's end → rank; it may differ from layer to layer.
+        alpha_pattern: the same for `lora_alpha`.
         exclude_modules: modules never adapted, as a list or a regular expression like `target_modules`.
         lora_bias: not supported.
         trainable_token_indices: not supported.

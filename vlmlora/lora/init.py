@@ -1,7 +1,6 @@
 """How an adapter starts, as in PEFT's ``LoraLayer.reset_lora_parameters``."""
 
 import zlib
-from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -14,24 +13,18 @@ def module_salt(name: str) -> int:
 
 
 def init_lora(
-    key: PRNGKeyArray,
-    names: Sequence[str],
-    *,
-    in_features: int,
-    out_features: int,
-    r: int,
-    method: bool | str = True,
-) -> tuple[Float32[np.ndarray, "modules r in"], Float32[np.ndarray, "modules out r"]]:
-    """A and B of modules of one shape, each drawn from a generator of its own.
+    key: PRNGKeyArray, name: str, *, in_features: int, out_features: int, r: int, method: bool | str = True
+) -> tuple[Float32[np.ndarray, "r in"], Float32[np.ndarray, "out r"]]:
+    """A and B of a module.
 
-    A module's draw depends on `key` and its name only, not on which other modules are adapted. It is made on
-    the host, where there is nothing to compile for each shape.
+    The draw depends on `key` and the module's name only, not on which other modules are adapted. It is made
+    on the host, where there is nothing to compile for each shape.
 
     Args:
         key: the run's key.
-        names: Hugging Face names of the modules.
-        in_features: size of their input.
-        out_features: size of their output.
+        name: Hugging Face name of the module.
+        in_features: size of its input.
+        out_features: size of its output.
         r: rank.
         method: True: A is U(−1/√in, 1/√in), which is Kaiming-uniform with a = √5, and B zero. ``"gaussian"``:
             A is normal with standard deviation 1/r, and B zero. False: A as with True and B U(−1/√r, 1/√r),
@@ -42,18 +35,14 @@ def init_lora(
     """
     if method not in (True, False, "gaussian"):
         raise ValueError(f"init_lora_weights={method!r}: it must be True, False or 'gaussian'")
-    lora_A = np.empty((len(names), r, in_features), np.float32)
-    lora_B = np.zeros((len(names), out_features, r), np.float32)
-    seed = np.asarray(jax.random.key_data(key)).tolist()
-    for name, A, B in zip(names, lora_A, lora_B, strict=True):
-        generator = np.random.default_rng([*seed, module_salt(name)])
-        if method == "gaussian":
-            A[:] = generator.standard_normal(A.shape, np.float32) / r
-        else:
-            A[:] = _uniform(generator, A.shape, bound=in_features**-0.5)
-        if method is False:
-            B[:] = _uniform(generator, B.shape, bound=r**-0.5)
-    return lora_A, lora_B
+    generator = np.random.default_rng([*np.asarray(jax.random.key_data(key)).tolist(), module_salt(name)])
+    if method == "gaussian":
+        lora_A = generator.standard_normal((r, in_features), np.float32) / r
+    else:
+        lora_A = _uniform(generator, (r, in_features), bound=in_features**-0.5)
+    if method is False:
+        return lora_A, _uniform(generator, (out_features, r), bound=r**-0.5)
+    return lora_A, np.zeros((out_features, r), np.float32)
 
 
 def _uniform(

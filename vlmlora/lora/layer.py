@@ -1,17 +1,30 @@
-"""The adapter of a linear layer (https://arxiv.org/abs/2106.09685)."""
+"""The adapter of a linear layer: LoRA (https://arxiv.org/abs/2106.09685), DoRA, and ranks that differ.
 
+Layers of one stacked module may have different ranks. Their adapter then consists of one `Lora` for each
+rank, which holds exactly the parameters that PEFT would. Compile time stays bounded: the adapter is padded
+with zeros to the largest rank outside of the scan over the layers (a pad for each rank, then one scatter for
+each kind of array), so the scan's body sees one adapter of one rank, however many ranks and layers there are.
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from vlmlora.nn.variables import Frozen, Trainable
 
+_PER_LAYER = ("lora_A", "lora_B", "scaling", "lora_bias", "magnitude")
+
 
 class Lora(nnx.Module):
-    """Adds ``scaling · B A dropout(x)`` to what a linear layer computes.
+    """Adds ``scaling · (B A dropout(x) + lora_bias)`` to what a linear layer computes.
+
+    With a magnitude it is DoRA (https://arxiv.org/abs/2402.09353): the rows of ``W + scaling · B A`` are
+    scaled to the lengths `magnitude`. As in PEFT no gradient flows through the lengths that they had, and
+    dropout applies to what the rescaling changes as well.
 
     The arrays of an adapter on stacked layers have a leading axis over the layers that it adapts, which may
     be fewer than the stack has: the others hold no parameters and no optimizer state.
@@ -20,6 +33,9 @@ class Lora(nnx.Module):
         lora_A: [layers, r, in], or [r, in] on a layer that does not repeat; float32.
         lora_B: [layers, out, r], or [out, r]; float32.
         scaling: [layers], or a scalar; float32.
+        lora_bias: what B adds, [layers, out] or [out], float32; None without.
+        magnitude: DoRA's lengths, [layers, out] or [out], float32; None without.
+        adapts: which layers have an adapter, bool [layers]; None where each has.
         layers: which layers of the stack they are, in ascending order; None on a layer that does not repeat.
         dropout: probability that an element of `x` is dropped.
         salt: makes a dropout key this module's own.
@@ -31,6 +47,9 @@ class Lora(nnx.Module):
         lora_B: Float[Array, "*layers out r"],
         scaling: Float[Array, "*layers"],
         *,
+        lora_bias: Float[Array, "*layers out"] | None = None,
+        magnitude: Float[Array, "*layers out"] | None = None,
+        adapts: Bool[Array, "*layers"] | None = None,
         layers: tuple[int, ...] | None = None,
         dropout: int | float = 0.0,
         salt: int = 0,
@@ -38,6 +57,9 @@ class Lora(nnx.Module):
         self.lora_A = Trainable(lora_A)
         self.lora_B = Trainable(lora_B)
         self.scaling = Frozen(scaling)
+        self.lora_bias = nnx.data(None if lora_bias is None else Trainable(lora_bias))
+        self.magnitude = nnx.data(None if magnitude is None else Trainable(magnitude))
+        self.adapts = nnx.data(None if adapts is None else Frozen(adapts))
         self.layers = layers
         self.dropout = dropout
         self.salt = salt
@@ -60,7 +82,7 @@ class Lora(nnx.Module):
         Args:
             x: the layer's input.
             y: the layer's output.
-            base: the layer, for adapters that depend on its weight; this one does not.
+            base: the layer, whose weight and bias DoRA needs; else it is not looked at.
             key: drives dropout; None switches it off.
 
         Raises:
@@ -69,12 +91,51 @@ class Lora(nnx.Module):
         lora_A, lora_B = self.lora_A.get_value(), self.lora_B.get_value()
         if lora_A.ndim != 2:
             raise ValueError(f"an adapter of {lora_A.shape[0]} stacked layers is called one layer at a time")
-        if key is not None and self.dropout > 0:
+        drops = key is not None and self.dropout > 0
+        if drops:
             kept = jax.random.bernoulli(jax.random.fold_in(key, self.salt), 1 - self.dropout, x.shape)
             x = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
+        scaling = self.scaling.get_value()
         # Scaling B before the cast rounds once; a scaling such as alpha/sqrt(r) is no bfloat16 number.
-        scaled_B = (self.scaling.get_value() * lora_B).astype(x.dtype)
-        return y + ((x @ lora_A.astype(x.dtype).T) @ scaled_B.T).astype(y.dtype)
+        change = ((x @ lora_A.astype(x.dtype).T) @ (scaling * lora_B).astype(x.dtype).T).astype(y.dtype)
+        if self.lora_bias is not None:
+            change = change + (scaling * self.lora_bias.get_value()).astype(y.dtype)
+        if self.magnitude is None:
+            return y + change
+        weight = base.weight.get_value()
+        # One layer's matrix is decoded for the lengths of its rows; the backward pass does not keep it.
+        scale = self._row_scale(jax.lax.stop_gradient(weight.dequantize(jnp.float32)))
+        if drops:
+            plain = (x @ weight).astype(y.dtype)
+        else:
+            plain = y if base.bias is None else y - base.bias.get_value().astype(y.dtype)
+        return y + (scale - 1).astype(y.dtype) * plain + scale.astype(y.dtype) * change
+
+    def merged(self, weight: Float[Array, "out in"], index: int | None) -> Float[Array, "out in"]:
+        """The layer's weight with this adapter in it.
+
+        Args:
+            weight: the layer's own, in float32.
+            index: of the layer on the adapter's layer axis; None where there is none.
+        """
+        layer = self._layer(index)
+        merged = weight + layer._delta()
+        return merged if layer.magnitude is None else layer._row_scale(weight)[:, None] * merged
+
+    def merged_bias(
+        self, bias: Float[Array, " out"] | None, index: int | None
+    ) -> Float[Array, " out"] | None:
+        """The layer's bias with this adapter in it; None where neither has one.
+
+        Args:
+            bias: the layer's own, in float32, or None.
+            index: of the layer on the adapter's layer axis; None where there is none.
+        """
+        layer = self._layer(index)
+        if layer.lora_bias is None:
+            return bias
+        change = layer.scaling.get_value() * layer.lora_bias.get_value()
+        return change if bias is None else bias + change
 
     def expand(self, stack: int) -> "Lora":
         """The same adapter with an entry for each of `stack` layers: zeros for those it does not adapt.
@@ -82,17 +143,98 @@ class Lora(nnx.Module):
         Raises:
             ValueError: the adapter has no layer axis, or adapts a layer that the stack does not have.
         """
-        if self.layers is None or max(self.layers) >= stack:
-            raise ValueError(f"an adapter of layers {self.layers} does not fit {stack} stacked layers")
-        if len(self.layers) == stack:
+        if self.layers is not None and len(self.layers) == stack == max(self.layers) + 1:
             return self
+        return _expand([self], stack)
 
-        def scatter(value: jax.Array) -> jax.Array:
-            return jnp.zeros((stack, *value.shape[1:]), value.dtype).at[jnp.array(self.layers)].set(value)
+    def _layer(self, index: int | None) -> "Lora":
+        """The adapter of one layer."""
+        if index is None:
+            return self
+        values = (getattr(self, name) for name in _PER_LAYER)
+        values = [None if variable is None else variable.get_value()[index] for variable in values]
+        return Lora(*values[:3], lora_bias=values[3], magnitude=values[4])
 
-        return type(self)(
-            *(scatter(variable.get_value()) for variable in (self.lora_A, self.lora_B, self.scaling)),
-            layers=tuple(range(stack)),
-            dropout=self.dropout,
-            salt=self.salt,
-        )
+    def _delta(self) -> Float[Array, "out in"]:
+        return self.scaling.get_value() * (self.lora_B.get_value() @ self.lora_A.get_value())
+
+    def _row_scale(self, weight: Float[Array, "out in"]) -> Float[Array, " out"]:
+        """DoRA's factor on each row of ``W + scaling · B A``, whose length is a constant to the gradient."""
+        norm = row_norms(weight + jax.lax.stop_gradient(self._delta()))
+        scale = self.magnitude.get_value() / jnp.where(norm > 0, norm, 1)
+        return scale if self.adapts is None else jnp.where(self.adapts.get_value(), scale, 1)
+
+
+class MixedRankLora(nnx.Module):
+    """The adapter of a stacked module whose layers have different ranks.
+
+    Attributes:
+        groups: one adapter for each rank, of the layers that have it.
+    """
+
+    def __init__(self, groups: Sequence[Lora]):
+        self.groups = nnx.List(groups)
+
+    def __call__(
+        self, x: jax.Array, y: jax.Array, *, base: Any, key: PRNGKeyArray | None = None
+    ) -> jax.Array:
+        """Not to be called: a scan over the layers expands the adapter first.
+
+        Raises:
+            ValueError: always.
+        """
+        ranks = sorted(group.r for group in self.groups)
+        raise ValueError(f"an adapter of stacked layers with ranks {ranks} is called one layer at a time")
+
+    def expand(self, stack: int) -> Lora:
+        """One adapter with an entry for each of `stack` layers, padded with zeros to the largest rank.
+
+        Raises:
+            ValueError: a layer is not one of the stack's.
+        """
+        return _expand(list(self.groups), stack)
+
+
+def groups_of(adapter: nnx.Module | None) -> tuple[Lora, ...]:
+    """The adapters of one rank that the adapter of a linear layer consists of."""
+    if adapter is None:
+        return ()
+    return tuple(adapter.groups) if isinstance(adapter, MixedRankLora) else (adapter,)
+
+
+def row_norms(weight: Float[Array, "*layers out in"]) -> Float[Array, "*layers out"]:
+    """Lengths of a weight's rows: where DoRA's magnitude starts."""
+    return jnp.sqrt(jnp.sum(jnp.square(weight), axis=-1))
+
+
+def _expand(groups: Sequence[Lora], stack: int) -> Lora:
+    layers = [layer for group in groups for layer in group.layers or ()]
+    if not layers or max(layers) >= stack:
+        raise ValueError(f"an adapter of layers {layers or None} does not fit {stack} stacked layers")
+    index = jnp.array(layers)
+
+    def scatter(name: str) -> jax.Array | None:
+        if getattr(groups[0], name) is None:
+            return None
+        values = [getattr(group, name).get_value() for group in groups]
+        shape = tuple(max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True))
+        padded = [
+            jnp.pad(
+                value, [(0, 0), *((0, to - size) for to, size in zip(shape, value.shape[1:], strict=True))]
+            )
+            for value in values
+        ]
+        whole = padded[0] if len(padded) == 1 else jnp.concatenate(padded)
+        return jnp.zeros((stack, *shape), whole.dtype).at[index].set(whole)
+
+    arrays = {name: scatter(name) for name in _PER_LAYER}
+    adapts = None
+    if arrays["magnitude"] is not None and len(layers) < stack:
+        adapts = jnp.zeros(stack, bool).at[index].set(True)
+    return Lora(
+        **arrays,
+        adapts=adapts,
+        layers=tuple(range(stack)),
+        dropout=groups[0].dropout,
+        salt=groups[0].salt,
+    )

@@ -23,9 +23,9 @@ from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from vlmlora.lora.apply import adapted_modules, linears_without_adapters, make_adapter
+from vlmlora.lora.apply import LoraArrays, adapted_modules, linears_without_adapters, make_adapter
 from vlmlora.lora.config import LoraConfig
-from vlmlora.lora.selection import check_one_rank, in_layers, matches_name
+from vlmlora.lora.selection import in_layers, matches_name
 from vlmlora.models.module_table import LinearSpec, ModuleTable
 
 CONFIG_FILE = "adapter_config.json"
@@ -188,15 +188,11 @@ def load_adapter_into(module: nnx.Module, table: ModuleTable, directory: str | P
         if short in adapters:
             groups[spec.path].append(spec)
     for path, group in groups.items():
-        check_one_rank(path, {spec.name: _arrays(adapters, spec).lora_A.shape[0] for spec in group})
-    for path, group in groups.items():
         group.sort(key=lambda spec: spec.layer or 0)
         arrays = [_arrays(adapters, spec) for spec in group]
         linears[path].adapter = make_adapter(
             group,
-            np.stack([each.lora_A for each in arrays]),
-            np.stack([each.lora_B for each in arrays]),
-            [config.scaling_of(each.name) for each in arrays],
+            [LoraArrays(each.lora_A, each.lora_B, config.scaling_of(each.name)) for each in arrays],
             dropout=config.lora_dropout,
         )
     names = {specs[short].name: each.name for short, each in adapters.items()}
@@ -320,12 +316,12 @@ def _arrays(adapters: Mapping[str, AdapterArrays], spec: LinearSpec) -> AdapterA
 
 def _adapter_tensors(module: nnx.Module, table: ModuleTable, config: LoraConfig) -> dict[str, np.ndarray]:
     tensors = {}
-    host: dict[str, tuple[np.ndarray, ...]] = {}
+    host: dict[int, tuple[np.ndarray, ...]] = {}
     for spec, adapter, index in adapted_modules(module, table):
-        if spec.path not in host:
+        if id(adapter) not in host:
             variables = (adapter.lora_A, adapter.lora_B, adapter.scaling)
-            host[spec.path] = tuple(np.asarray(v.get_value(), np.float32) for v in variables)
-        lora_A, lora_B, scaling = (a if index is None else a[index] for a in host[spec.path])
+            host[id(adapter)] = tuple(np.asarray(v.get_value(), np.float32) for v in variables)
+        lora_A, lora_B, scaling = (a if index is None else a[index] for a in host[id(adapter)])
         expected = config.rank_of(spec.name), np.float32(config.scaling_of(spec.name))
         if not (lora_A.shape[0] == expected[0] and np.isclose(scaling, expected[1], rtol=1e-6)):
             raise ValueError(

@@ -113,7 +113,6 @@ def select(table: ModuleTable, config: LoraConfig) -> Selection:
     Raises:
         ValueError: the arguments contradict each other or the model, an entry of a list or a pattern matches
             nothing, or nothing is selected.
-        NotImplementedError: `rank_pattern` gives layers of one stacked module different ranks.
     """
     targets = config.target_modules
     if targets is None:
@@ -136,7 +135,7 @@ def select(table: ModuleTable, config: LoraConfig) -> Selection:
             f"no module is selected by {_arguments_of_selection(config)}{_regex_hint(table, targets)}"
         )
     _check_patterns(table, config)
-    selection = Selection(
+    return Selection(
         table,
         tuple(
             SelectedModule(
@@ -145,24 +144,6 @@ def select(table: ModuleTable, config: LoraConfig) -> Selection:
             for spec in chosen
         ),
     )
-    for path, modules in selection.by_path.items():
-        check_one_rank(path, {module.spec.name: module.r for module in modules})
-    return selection
-
-
-def check_one_rank(path: str, ranks: dict[str, int]) -> None:
-    """Layers of one stacked module share their arrays, and so their rank.
-
-    Raises:
-        NotImplementedError: the ranks of the layers differ.
-    """
-    if len(set(ranks.values())) > 1:
-        names = {r: name for name, r in ranks.items()}
-        examples = ", ".join(f"{name}: {r}" for r, name in sorted(names.items()))
-        raise NotImplementedError(
-            f"rank_pattern gives layers of {path} different ranks ({examples}), which is not supported yet; "
-            "give every layer of a module the same rank"
-        )
 
 
 def matches_name(entry: str, name: str) -> bool:
