@@ -28,7 +28,7 @@ from vlmlora.models.module_table import ModuleTable, module_table
 from vlmlora.models.registry import family_of
 from vlmlora.models.saving import save_checkpoint
 from vlmlora.nn.variables import Trainable
-from vlmlora.training.remat import remat_policy
+from vlmlora.training.remat import GradientCheckpointing, remat_policy
 
 
 class FastVisionModel:
@@ -61,7 +61,7 @@ class FastVisionModel:
         eos_token_ids: tuple[int, ...] = (),
         pad_token_id: int = 0,
         max_seq_length: int = 2048,
-        use_gradient_checkpointing: bool | str = "unsloth",
+        use_gradient_checkpointing: GradientCheckpointing = "unsloth",
         full_finetuning: bool = False,
     ):
         self.module = module
@@ -89,7 +89,7 @@ class FastVisionModel:
         token: str | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
-        use_gradient_checkpointing: bool | str = "unsloth",
+        use_gradient_checkpointing: GradientCheckpointing = "unsloth",
         random_state: int = 3407,
         progress: bool = True,
         **unknown: Any,
@@ -110,7 +110,7 @@ class FastVisionModel:
             token: for private repositories.
             revision: branch, tag or commit of the repository.
             local_files_only: use what is in the cache already.
-            use_gradient_checkpointing: False, True or ``"unsloth"``; see `vlmlora.training.remat`.
+            use_gradient_checkpointing: a policy, see `vlmlora.training.remat.remat_policy`.
             random_state: Unsloth has it here too; loading draws nothing at random.
             progress: show a bar with bytes and rate.
             unknown: refused.
@@ -177,7 +177,7 @@ class FastVisionModel:
         finetune_last_n_layers: int | None = None,
         layers_to_transform: int | Sequence[int] | None = None,
         layers_pattern: str | Sequence[str] | None = None,
-        use_gradient_checkpointing: bool | str = "unsloth",
+        use_gradient_checkpointing: GradientCheckpointing = "unsloth",
         random_state: int = 3407,
         use_rslora: bool = False,
         modules_to_save: str | Sequence[str] | None = None,
@@ -204,7 +204,7 @@ class FastVisionModel:
 
         Args:
             model: from `from_pretrained`.
-            use_gradient_checkpointing: False, True or ``"unsloth"``; see `vlmlora.training.remat`.
+            use_gradient_checkpointing: a policy, see `vlmlora.training.remat.remat_policy`.
             random_state: seed of the adapters' initial values; touches no other generator.
             verbose: print the table of selected modules.
             unknown: refused.
@@ -237,7 +237,7 @@ class FastVisionModel:
 
     @staticmethod
     def for_training(
-        model: "FastVisionModel", use_gradient_checkpointing: bool | str | None = None
+        model: "FastVisionModel", use_gradient_checkpointing: GradientCheckpointing | None = None
     ) -> "FastVisionModel":
         """Set the model to train, with another kind of checkpointing if one is given; returns it.
 

@@ -2,7 +2,15 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
+
+QKV = "qkv"
+"""Name of queries, keys and values, for checkpoint policies."""
+ATTENTION_OUTPUT = "attention_output"
+"""Name of what attention computes."""
+FUSED_ATTENTION = "dot_product_attention_fwd"
+"""How the names of the primitives begin that compute attention in one kernel."""
 
 
 def attention(
@@ -27,10 +35,11 @@ def attention(
     Returns:
         The weighted values, in the type of `query`. Rows of padding hold finite numbers without meaning.
     """
+    query, key, value = (checkpoint_name(array, QKV) for array in (query, key, value))
     if segment_ids is not None:
         same = segment_ids[:, :, None] == segment_ids[:, None, :]
         mask = same if mask is None else mask & same
-    return jax.nn.dot_product_attention(
+    output = jax.nn.dot_product_attention(
         query,
         key,
         value,
@@ -39,6 +48,7 @@ def attention(
         key_value_seq_lengths=kv_lengths,
         implementation=_implementation(query, key, mask),
     )
+    return checkpoint_name(output, ATTENTION_OUTPUT)
 
 
 def _implementation(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> str:

@@ -4,10 +4,14 @@ from collections.abc import Callable
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlmlora.nn.linear import Linear
+
+MLP_HIDDEN = "mlp_hidden"
+"""Name of what the first, wide projections of a feed-forward block compute, for checkpoint policies."""
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -67,5 +71,6 @@ class GatedMLP(nnx.Module):
         self, x: Float[Array, "*batch hidden"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*batch hidden"]:
         """Apply the block; `key` drives adapter dropout."""
-        hidden = self.act(self.gate_proj(x, key=key)) * self.up_proj(x, key=key)
-        return self.down_proj(hidden, key=key)
+        gate = checkpoint_name(self.gate_proj(x, key=key), MLP_HIDDEN)
+        up = checkpoint_name(self.up_proj(x, key=key), MLP_HIDDEN)
+        return self.down_proj(self.act(gate) * up, key=key)

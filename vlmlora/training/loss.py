@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from vlmlora.nn.batch import model_inputs
-from vlmlora.training.remat import remat_policy
+from vlmlora.training.remat import GradientCheckpointing, remat_policy
 
 IGNORE_INDEX = -100
 """Label of a token that is not learnt (PyTorch's and Hugging Face's convention)."""
@@ -66,7 +66,7 @@ def next_token_labels(
 def make_loss_fn(
     graphdef: nnx.GraphDef,
     *,
-    gradient_checkpointing: bool | str = "unsloth",
+    gradient_checkpointing: GradientCheckpointing = "unsloth",
     chunk_size: int = 2048,
 ) -> LossFn:
     """The mean next-token loss of a model as ``loss(adapters, frozen, batch, key=None)``.
