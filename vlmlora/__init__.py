@@ -7,6 +7,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "Checkpoints": "vlmlora.training.state",
     "FastVisionModel": "vlmlora.fast_vision_model",
     "LoraConfig": "vlmlora.lora.config",
     "module_table": "vlmlora.models.module_table",
