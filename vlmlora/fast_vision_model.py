@@ -16,6 +16,7 @@ from jaxtyping import Array, Int, PyTree
 from rich.console import Console
 from transformers import PreTrainedConfig
 
+from vlmlora.compilation_cache import enable_compilation_cache
 from vlmlora.data.processing import VisionLanguageProcessor
 from vlmlora.generation.greedy import greedy_decode
 from vlmlora.lora.apply import add_adapters, trainable_parameters
@@ -96,6 +97,9 @@ class FastVisionModel:
     ) -> tuple["FastVisionModel", VisionLanguageProcessor]:
         """Load a model and its processor from a directory or a hub repository.
 
+        On a GPU, what JAX compiles from here on is kept for the next run, see
+        `vlmlora.compilation_cache.enable_compilation_cache`.
+
         Args:
             model_name: a directory or repository with ``config.json`` and safetensors, in 16 or 32 bit or
                 quantised by bitsandbytes; or a PEFT adapter, whose base is loaded with it.
@@ -126,6 +130,7 @@ class FastVisionModel:
         """
         _reject_unknown(FastVisionModel.from_pretrained, unknown)
         remat_policy(use_gradient_checkpointing)
+        enable_compilation_cache()
         quantize = resolve_load_mode(
             load_in_4bit=load_in_4bit,
             load_in_8bit=load_in_8bit,
