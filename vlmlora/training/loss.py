@@ -17,39 +17,59 @@ LossFn = Callable[..., Float[Array, ""]]
 
 
 def cross_entropy(
-    hidden: Float[Array, "tokens hidden"],
-    logits: Callable[[Float[Array, "chunk hidden"]], Float[Array, "chunk vocab"]],
-    labels: Int[Array, " tokens"],
+    hidden: Float[Array, "rows tokens hidden"],
+    logits: Callable[[Float[Array, "rows chunk hidden"]], Float[Array, "rows chunk vocab"]],
+    labels: Int[Array, "rows tokens"],
     *,
     chunk_size: int = 2048,
 ) -> Float[Array, ""]:
-    """Sum of the negative log-likelihoods of `labels`, with at most `chunk_size` rows of logits at a time.
+    """Sum of the negative log-likelihoods of `labels`, computed where there are labels only.
 
-    The log-sum-exp is taken in float32. The backward pass computes a chunk's logits again; the head gets a
-    gradient only if `logits` depends on something that is differentiated.
+    Each row's labelled tokens are brought to its front, and chunks of columns are taken as long as a row has
+    labels left, so that the head's cost follows the number of labels. Rows stay apart, which keeps a batch
+    that is sharded over its rows where it is. The log-sum-exp is taken in float32. The backward pass computes
+    a chunk's logits again; the head gets a gradient only if `logits` depends on something that is
+    differentiated.
 
     Args:
         hidden: final hidden states.
         logits: the head.
-        labels: target of each row; `IGNORE_INDEX` adds nothing.
-        chunk_size: rows a chunk; bounds the memory at ``chunk_size * vocab`` float32 values, several times.
+        labels: target of each token; `IGNORE_INDEX` adds nothing.
+        chunk_size: tokens a chunk, over all rows; bounds the memory at ``chunk_size * vocab`` float32 values,
+            several times.
     """
-    chunk_size = min(chunk_size, labels.shape[0])
-    padding = -labels.shape[0] % chunk_size
-    hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, chunk_size, hidden.shape[-1])
-    labels = jnp.pad(labels, (0, padding), constant_values=IGNORE_INDEX).reshape(-1, chunk_size)
+    rows, tokens = labels.shape
+    kept = labels != IGNORE_INDEX
+    order = jnp.argsort(~kept, axis=1, stable=True)
+    hidden = jax.vmap(_take)(hidden, order)
+    labels = jnp.take_along_axis(labels, order, axis=1)
+    columns = max(1, min(tokens, chunk_size // rows))
+    padding = -tokens % columns
+    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
+    labels = jnp.pad(labels, ((0, 0), (0, padding)), constant_values=IGNORE_INDEX)
+    hidden = jnp.moveaxis(hidden.reshape(rows, -1, columns, hidden.shape[-1]), 1, 0)
+    labels = jnp.moveaxis(labels.reshape(rows, -1, columns), 1, 0)
+    has_labels = jnp.arange(labels.shape[0]) * columns < jnp.max(jnp.sum(kept, axis=1))
 
     @jax.checkpoint
     def chunk_sum(hidden: jax.Array, labels: jax.Array) -> jax.Array:
         scores = logits(hidden).astype(jnp.float32)
         kept = labels != IGNORE_INDEX
-        target = jnp.take_along_axis(scores, jnp.where(kept, labels, 0)[:, None], axis=-1)[:, 0]
+        target = jnp.take_along_axis(scores, jnp.where(kept, labels, 0)[..., None], axis=-1)[..., 0]
         return jnp.sum(jnp.where(kept, jax.nn.logsumexp(scores, axis=-1) - target, 0.0))
 
-    def add(total: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        return total + chunk_sum(*chunk), None
+    def add(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        is_needed, hidden, labels = chunk
+        return total + jax.lax.cond(is_needed, chunk_sum, lambda *_: jnp.float32(0), hidden, labels), None
 
-    return jax.lax.scan(add, jnp.float32(0), (hidden, labels))[0]
+    return jax.lax.scan(add, jnp.float32(0), (has_labels, hidden, labels))[0]
+
+
+def _take(
+    hidden: Float[Array, "tokens hidden"], order: Int[Array, " tokens"]
+) -> Float[Array, "tokens hidden"]:
+    # That no token is taken twice lets the gradient be a plain scatter instead of an atomic sum.
+    return hidden.at[order].get(unique_indices=True, mode="promise_in_bounds")
 
 
 def next_token_labels(
@@ -89,9 +109,7 @@ def make_loss_fn(
         model = nnx.merge(graphdef, adapters, frozen)
         hidden, _ = model(**model_inputs(batch), remat=remat, key=key)
         labels = next_token_labels(batch["labels"], batch.get("segment_ids"))
-        total = cross_entropy(
-            hidden.reshape(-1, hidden.shape[-1]), model.logits, labels.reshape(-1), chunk_size=chunk_size
-        )
+        total = cross_entropy(hidden, model.logits, labels, chunk_size=chunk_size)
         return total / jnp.maximum(jnp.sum(labels != IGNORE_INDEX), 1)
 
     return loss_fn
