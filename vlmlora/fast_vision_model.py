@@ -20,7 +20,7 @@ from vlmlora.compilation_cache import enable_compilation_cache
 from vlmlora.data.processing import VisionLanguageProcessor
 from vlmlora.generation.greedy import greedy_decode
 from vlmlora.lora.apply import add_adapters, trainable_parameters
-from vlmlora.lora.config import LoraConfig, reject_unknown_arguments
+from vlmlora.lora.config import EvaConfig, LoraConfig, reject_unknown_arguments
 from vlmlora.lora.peft_format import load_adapter_into, save_adapter
 from vlmlora.lora.selection import select
 from vlmlora.models.hub import resolve
@@ -198,6 +198,7 @@ class FastVisionModel:
         alpha_pattern: Mapping[str, int | float] | None = None,
         exclude_modules: str | Sequence[str] | None = None,
         lora_bias: bool = False,
+        eva_config: EvaConfig | Mapping[str, Any] | None = None,
         trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
         verbose: bool = True,
         **unknown: Any,

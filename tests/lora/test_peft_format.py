@@ -32,6 +32,8 @@ ADAPTERS = {
         "alpha_pattern": {"layers.1.mlp.up_proj": 5},
         "use_rslora": True,
     },
+    "dora": {"use_dora": True, "finetune_last_n_layers": 1},
+    "bias": {"lora_bias": True, "target_modules": ["q_proj", "merger.mlp.0"]},
     "mixed ranks": {"rank_pattern": {"layers.[12].self_attn.q_proj": 3, "blocks.0.attn.qkv": 5}},
 }
 
@@ -52,7 +54,8 @@ def arrays(module, table):
     return {
         spec.name: tuple(
             np.asarray(v.get_value() if i is None else v.get_value()[i])
-            for v in (adapter.lora_A, adapter.lora_B, adapter.scaling)
+            for v in (adapter.lora_A, adapter.lora_B, adapter.scaling, adapter.lora_bias, adapter.magnitude)
+            if v is not None
         )
         for spec, adapter, i in adapted_modules(module, table)
     }
@@ -75,7 +78,11 @@ def test_real_peft_and_we_load_what_was_trained_and_nothing_else(
     save_adapter(tmp_path / "adapter", module, table, config)
     ours, theirs = arrays(module, table), load_in_peft(torch_model, tmp_path / "adapter")
     assert set(theirs) == set(ours)
-    for name, (A, B, scaling) in ours.items():
+    for name, (A, B, scaling, *vectors) in ours.items():
+        for vector in vectors:
+            found = theirs[name].lora_B["default"].bias
+            found = theirs[name].lora_magnitude_vector["default"].weight if found is None else found
+            np.testing.assert_array_equal(found.detach(), vector)
         np.testing.assert_array_equal(theirs[name].lora_A["default"].weight.detach(), A)
         np.testing.assert_array_equal(theirs[name].lora_B["default"].weight.detach(), B)
         delta = theirs[name].get_delta_weight("default").detach()
@@ -381,8 +388,7 @@ def test_what_does_not_fit_is_an_error_that_lists_it(table, flax_model, tmp_path
 @pytest.mark.parametrize(
     "fields",
     [
-        {"use_dora": True},
-        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "pissa_niter_4"},
         {"bias": "all"},
         {"modules_to_save": ["lm_head"]},
         {"layer_replication": [[0, 2]]},

@@ -24,6 +24,8 @@ ADAPTERS = {
     "attention only": {"finetune_mlp_modules": False, "use_rslora": True},
     "mlp only": {"finetune_attention_modules": False},
     "one layer and the projector": {"finetune_projector": True, "layers_to_transform": [1]},
+    "dora on some layers": {"use_dora": True, "layers_to_transform": [1], "lora_dropout": 0.5},
+    "bias and mixed ranks": {"lora_bias": True, "rank_pattern": {"layers.1.*": 5, "blocks.0.mlp.*": 2}},
     "by name": {"target_modules": ["lm_head", "merger.mlp.0", "o_proj"], "rank_pattern": {"o_proj": 4}},
 }
 
@@ -48,6 +50,7 @@ def logits(module, inputs):
     return module.logits(module(**model_inputs(inputs))[0])
 
 
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 @pytest.mark.parametrize("arguments", ADAPTERS.values(), ids=ADAPTERS.keys())
 def test_real_peft_computes_our_logits(base, randomise, tmp_path, arguments):
     torch_model, module, table, theirs, ours, valid = base

@@ -10,44 +10,105 @@ from flax import nnx
 from jaxtyping import PRNGKeyArray
 
 from vlmlora.lora.config import LoraConfig
-from vlmlora.lora.init import init_lora, module_salt
-from vlmlora.lora.layer import Lora, MixedRankLora, groups_of
-from vlmlora.lora.selection import Selection
+from vlmlora.lora.decompose import changes_base, check_base, split_weight
+from vlmlora.lora.init import init_bias, init_lora, module_salt
+from vlmlora.lora.layer import Lora, MixedRankLora, groups_of, row_norms
+from vlmlora.lora.selection import SelectedModule, Selection
 from vlmlora.models.module_table import LinearSpec, ModuleTable, linear_modules
 from vlmlora.nn.linear import Linear
 from vlmlora.nn.variables import Trainable
+from vlmlora.quantization.stacks import set_layer
+from vlmlora.quantization.weights import Weight
 
 
 def add_adapters(module: nnx.Module, selection: Selection, config: LoraConfig, key: PRNGKeyArray) -> None:
     """Set the adapter of every selected module, in place.
 
+    A start that takes the adapter out of the base weight (see `vlmlora.lora.decompose`) changes the base as
+    well, layer by layer, and gives its old arrays away.
+
     Args:
         module: the model.
         selection: from `vlmlora.lora.selection.select`.
-        config: dropout and initialisation.
+        config: dropout, DoRA, bias and initialisation.
         key: each module's start is drawn from it and the module's name.
 
     Raises:
-        ValueError: the model has adapters already, or is not the one that the selection was made for.
+        ValueError: the model has adapters already, is not the one that the selection was made for, or is
+            quantised where the start needs the true weights.
     """
     linears = linears_without_adapters(module, selection.table)
+    for each in selection.modules:
+        check_base(layer_weight(linears[each.spec.path], each.spec), config, each.spec.name)
     for path, selected in selection.by_path.items():
+        arrays = [_start(linears[path], each, config, key) for each in selected]
         specs = [each.spec for each in selected]
-        arrays = [
-            LoraArrays(
-                *init_lora(
-                    key,
-                    each.spec.name,
-                    in_features=each.spec.in_features,
-                    out_features=each.spec.out_features,
-                    r=each.r,
-                    method=config.init_lora_weights,
-                ),
-                each.scaling,
-            )
-            for each in selected
-        ]
         linears[path].adapter = make_adapter(specs, arrays, dropout=config.lora_dropout)
+
+
+def layer_weight(linear: Linear, spec: LinearSpec) -> Weight:
+    """The weight of one layer, taken from its stack where it has one."""
+    weight = linear.weight.get_value()
+    return weight if spec.layer is None else weight.layer(spec.layer)
+
+
+def _start(linear: Linear, selected: SelectedModule, config: LoraConfig, key: PRNGKeyArray) -> "LoraArrays":
+    """The adapter of one layer at the start; the layer's weight changes where the start takes from it."""
+    spec, r, scaling = selected.spec, selected.r, selected.scaling
+    initial_A = initial_B = magnitude = None
+    if changes_base(config.init_lora_weights):
+        own_key = jax.random.fold_in(key, module_salt(spec.name))
+        lora_A, lora_B = take_from_base(linear, spec, config, r=r, scaling=scaling, key=own_key)
+        if config.init_lora_weights != "loftq":
+            initial_A, initial_B = lora_A, lora_B
+    else:
+        lora_A, lora_B = init_lora(
+            key,
+            spec.name,
+            in_features=spec.in_features,
+            out_features=spec.out_features,
+            r=r,
+            method=config.init_lora_weights,
+        )
+    if config.use_dora:
+        magnitude = np.asarray(_magnitude(layer_weight(linear, spec), lora_A, lora_B, scaling))
+    lora_bias = _lora_bias(selected, config, key) if config.lora_bias else None
+    return LoraArrays(lora_A, lora_B, scaling, lora_bias, magnitude, initial_A, initial_B)
+
+
+def take_from_base(
+    linear: Linear,
+    spec: LinearSpec,
+    config: LoraConfig,
+    *,
+    r: int,
+    scaling: float,
+    key: PRNGKeyArray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Take A and B out of the weight of one layer, which keeps the rest; see `split_weight`."""
+    weight = layer_weight(linear, spec)
+    lora_A, lora_B, rest = split_weight(weight, config, r=r, scaling=scaling, key=key)
+    _set_layer_weight(linear, spec, rest)
+    return lora_A, lora_B
+
+
+def _set_layer_weight(linear: Linear, spec: LinearSpec, weight: Weight) -> None:
+    """Replace the weight of one layer. Its stack's arrays are given away, so no second stack ever exists."""
+    if spec.layer is not None:
+        weight = set_layer(linear.weight.get_value(), spec.layer, weight)
+    linear.weight.set_value(weight)
+
+
+@jax.jit
+def _magnitude(weight: Weight, lora_A: jax.Array, lora_B: jax.Array, scaling: jax.Array) -> jax.Array:
+    with jax.default_matmul_precision("highest"):
+        return row_norms(weight.dequantize(jnp.float32) + scaling * lora_B @ lora_A)
+
+
+def _lora_bias(selected: SelectedModule, config: LoraConfig, key: PRNGKeyArray) -> np.ndarray:
+    if config.init_lora_weights is False:
+        return init_bias(key, selected.spec.name, out_features=selected.spec.out_features, r=selected.r)
+    return np.zeros(selected.spec.out_features, np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +121,8 @@ class LoraArrays:
         scaling: factor on the adapter's output.
         lora_bias: [out]; None without.
         magnitude: DoRA's row lengths, [out]; None without.
+        initial_A: [r, in], where the start was taken out of the base weight; None elsewhere.
+        initial_B: [out, r], likewise.
     """
 
     lora_A: np.ndarray
@@ -67,6 +130,8 @@ class LoraArrays:
     scaling: float
     lora_bias: np.ndarray | None = None
     magnitude: np.ndarray | None = None
+    initial_A: np.ndarray | None = None
+    initial_B: np.ndarray | None = None
 
 
 def make_adapter(

@@ -13,6 +13,37 @@ INIT_METHODS = (
 
 
 @dataclass(frozen=True)
+class EvaConfig:
+    """Arguments of the EVA start (https://arxiv.org/abs/2410.07170), with PEFT's names and defaults.
+
+    Attributes:
+        rho: a module's rank may grow to `rho` times its own where its inputs need it, at the cost of others;
+            1 leaves ranks as they are.
+        tau: cosine similarity with the step before from which a singular vector has converged.
+        use_label_mask: look only at tokens with a label.
+        label_mask_value: the label of the others.
+        whiten: divide singular vectors by the square roots of their singular values.
+        adjust_scaling_factors: change `lora_alpha` with the rank, so that the scaling stays.
+
+    Raises:
+        ValueError: `rho` is less than 1, or `tau` not between 0 and 1.
+    """
+
+    rho: float = 2.0
+    tau: float = 0.99
+    use_label_mask: bool = True
+    label_mask_value: int = -100
+    whiten: bool = False
+    adjust_scaling_factors: bool = True
+
+    def __post_init__(self):
+        if not 1 <= self.rho < float("inf"):
+            raise ValueError(f"eva_config: rho={self.rho!r}: it must be a number of at least 1")
+        if not 0 <= self.tau <= 1:
+            raise ValueError(f"eva_config: tau={self.tau!r}: it must be between 0 and 1")
+
+
+@dataclass(frozen=True)
 class LoraConfig:
     """Arguments of LoRA, with PEFT's names and Unsloth's defaults.
 
@@ -37,18 +68,25 @@ class LoraConfig:
         layers_pattern: name of the module list that `layers_to_transform` counts in; None for any.
         use_rslora: scale by ``lora_alpha / sqrt(r)`` (https://arxiv.org/abs/2312.03732).
         modules_to_save: modules trained in full; not supported.
-        init_lora_weights: True (A Kaiming-uniform, B zero), False (both as a linear layer starts), or
-            ``"gaussian"`` (A normal, B zero).
-        loftq_config: not supported.
+        init_lora_weights: True (A Kaiming-uniform, B zero), False (both as a linear layer starts),
+            ``"gaussian"`` (A normal, B zero) or ``"orthogonal"`` (both random, B A zero; even ranks);
+            ``"pissa"``, ``"pissa_niter_N"``, ``"olora"`` or ``"loftq"``, which take the adapter out of the
+            base weight (see `vlmlora.lora.decompose`); or ``"eva"``, which looks at data (see
+            `vlmlora.lora.eva.initialize_lora_eva_weights`; until it has run, A and B are as with True).
+        loftq_config: with ``"loftq"``: ``loftq_bits`` (4 or 8; 4) and ``loftq_iter`` (1).
         task_type: ``"CAUSAL_LM"``.
-        target_parameters: not supported.
+        target_parameters: bare parameters to adapt, as mixture-of-experts layers have; refused, because the
+            supported model families have none.
         ensure_weight_tying: not supported.
         finetune_projector: adapt the projector between the vision tower and the language model.
-        use_dora: not supported.
+        use_dora: train the lengths of the weight's rows apart from their directions
+            (https://arxiv.org/abs/2402.09353).
         rank_pattern: name or regular expression at a name's end → rank; it may differ from layer to layer.
         alpha_pattern: the same for `lora_alpha`.
         exclude_modules: modules never adapted, as a list or a regular expression like `target_modules`.
-        lora_bias: not supported.
+        lora_bias: give B a bias, zero at the start; with `init_lora_weights` True or False and without DoRA,
+            as in PEFT.
+        eva_config: with ``"eva"``: an `EvaConfig`, or its fields as a mapping.
         trainable_token_indices: not supported.
         base_model_name_or_path: the base model, written to the adapter's files.
         revision: its revision, likewise.
@@ -83,6 +121,7 @@ class LoraConfig:
     alpha_pattern: Mapping[str, int | float] = field(default_factory=dict)
     exclude_modules: str | Sequence[str] | None = None
     lora_bias: bool = False
+    eva_config: "EvaConfig | Mapping[str, Any] | None" = None
     trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
@@ -110,9 +149,12 @@ class LoraConfig:
             object.__setattr__(self, name, dict(getattr(self, name) or {}))
         if self.task_type is not None:
             object.__setattr__(self, "task_type", str(getattr(self.task_type, "value", self.task_type)))
+        object.__setattr__(self, "loftq_config", _loftq_config(self.loftq_config))
+        object.__setattr__(self, "eva_config", _eva_config(self.eva_config, self.init_lora_weights))
         self._check_numbers()
         self._check_selection()
         self._check_supported()
+        self._check_initialisation()
 
     def _check_numbers(self):
         for name, r in {"r": self.r, **_pattern_items("rank_pattern", self.rank_pattern)}.items():
@@ -156,18 +198,17 @@ class LoraConfig:
     def _check_supported(self):
         _check_choice("bias", self.bias, ("none", "all", "lora_only"))
         _check_choice("task_type", self.task_type, ("CAUSAL_LM", None))
-        init = self.init_lora_weights
-        if not (isinstance(init, str) and re.fullmatch(r"pissa_niter_\d+", init)):
-            _check_choice("init_lora_weights", init, INIT_METHODS)
+        if self.target_parameters:
+            raise NotImplementedError(
+                f"target_parameters={self.target_parameters!r}: it adapts the bare parameters of "
+                "mixture-of-experts layers, of which the supported model families have none; name linear "
+                "modules with target_modules"
+            )
         unsupported = {
             "bias": self.bias != "none",
-            "init_lora_weights": init not in (True, False, "gaussian"),
             **{
                 name: bool(getattr(self, name))
-                for name in (
-                    *("modules_to_save", "loftq_config", "target_parameters", "ensure_weight_tying"),
-                    *("use_dora", "lora_bias", "trainable_token_indices"),
-                )
+                for name in ("modules_to_save", "ensure_weight_tying", "trainable_token_indices")
             },
         }
         for name, found in unsupported.items():
@@ -176,6 +217,30 @@ class LoraConfig:
                 raise NotImplementedError(
                     f"{name}={getattr(self, name)!r} is not supported yet; the default is {default!r}"
                 )
+
+    def _check_initialisation(self):
+        init = self.init_lora_weights
+        if not (isinstance(init, str) and re.fullmatch(r"pissa_niter_\d+", init)):
+            _check_choice("init_lora_weights", init, INIT_METHODS)
+        for name, owner in {"loftq_config": "loftq", "eva_config": "eva"}.items():
+            if getattr(self, name) and init != owner:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no effect with init_lora_weights={init!r}; pass "
+                    f"init_lora_weights={owner!r} or leave {name} out"
+                )
+        odd = {"r": self.r, **_pattern_items("rank_pattern", self.rank_pattern)}
+        odd = {name: r for name, r in odd.items() if r % 2}
+        if init == "orthogonal" and odd:
+            name, r = next(iter(odd.items()))
+            raise ValueError(f"init_lora_weights='orthogonal' needs even ranks, but {name}={r}")
+        if self.lora_bias and init not in (True, False):
+            raise ValueError(
+                f"lora_bias=True works with init_lora_weights=True or False, as in PEFT, not with {init!r}"
+            )
+        if self.lora_bias and self.use_dora:
+            raise ValueError(
+                "lora_bias=True and use_dora=True exclude each other, as in PEFT; pass one of them"
+            )
 
     def rank_of(self, name: str) -> int:
         """Rank of the module `name`: the first matching `rank_pattern`, else `r`."""
@@ -231,6 +296,29 @@ def _layer_numbers(value: int | Sequence[int]) -> tuple[int, ...]:
     if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
         raise ValueError(f"layers_to_transform={value!r}: layer numbers are integers of at least 0")
     return numbers
+
+
+def _loftq_config(value: Any) -> dict[str, int] | None:
+    """The config as a dict with every key, or None for an empty one."""
+    if not value:
+        return None
+    found = dict(value) if isinstance(value, Mapping) else vars(value)
+    reject_unknown_arguments(found, ("loftq_bits", "loftq_iter"), caller="loftq_config")
+    config = {"loftq_bits": 4, "loftq_iter": 1, **found}
+    bits, iterations = config["loftq_bits"], config["loftq_iter"]
+    if bits not in (4, 8):
+        raise ValueError(f"loftq_config: loftq_bits={bits!r}: it must be 4 (NF4) or 8 (INT8)")
+    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
+        raise ValueError(f"loftq_config: loftq_iter={iterations!r}: it must be an integer of at least 1")
+    return config
+
+
+def _eva_config(value: Any, init: bool | str) -> EvaConfig | None:
+    if not value or isinstance(value, EvaConfig):
+        return value or (EvaConfig() if init == "eva" else None)
+    found = dict(value) if isinstance(value, Mapping) else vars(value)
+    reject_unknown_arguments(found, [f.name for f in fields(EvaConfig)], caller="eva_config")
+    return EvaConfig(**found)
 
 
 def _check_regex(argument: str, pattern: str) -> None:

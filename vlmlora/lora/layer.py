@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from vlmlora.nn.variables import Frozen, Trainable
 
+# What a layer needs to compute; `initial_A` and `initial_B` are for saving only and never enter a scan.
 _PER_LAYER = ("lora_A", "lora_B", "scaling", "lora_bias", "magnitude")
 
 
@@ -35,6 +36,8 @@ class Lora(nnx.Module):
         scaling: [layers], or a scalar; float32.
         lora_bias: what B adds, [layers, out] or [out], float32; None without.
         magnitude: DoRA's lengths, [layers, out] or [out], float32; None without.
+        initial_A: A at the start, where it was taken out of the base weight; not trained. None elsewhere.
+        initial_B: likewise.
         adapts: which layers have an adapter, bool [layers]; None where each has.
         layers: which layers of the stack they are, in ascending order; None on a layer that does not repeat.
         dropout: probability that an element of `x` is dropped.
@@ -49,6 +52,8 @@ class Lora(nnx.Module):
         *,
         lora_bias: Float[Array, "*layers out"] | None = None,
         magnitude: Float[Array, "*layers out"] | None = None,
+        initial_A: Float[Array, "*layers r in"] | None = None,
+        initial_B: Float[Array, "*layers out r"] | None = None,
         adapts: Bool[Array, "*layers"] | None = None,
         layers: tuple[int, ...] | None = None,
         dropout: int | float = 0.0,
@@ -59,6 +64,8 @@ class Lora(nnx.Module):
         self.scaling = Frozen(scaling)
         self.lora_bias = nnx.data(None if lora_bias is None else Trainable(lora_bias))
         self.magnitude = nnx.data(None if magnitude is None else Trainable(magnitude))
+        self.initial_A = nnx.data(None if initial_A is None else Frozen(initial_A))
+        self.initial_B = nnx.data(None if initial_B is None else Frozen(initial_B))
         self.adapts = nnx.data(None if adapts is None else Frozen(adapts))
         self.layers = layers
         self.dropout = dropout

@@ -23,10 +23,25 @@ from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from vlmlora.lora.apply import LoraArrays, adapted_modules, linears_without_adapters, make_adapter
+from vlmlora.lora.apply import (
+    LoraArrays,
+    adapted_modules,
+    layer_weight,
+    linears_without_adapters,
+    make_adapter,
+    take_from_base,
+)
 from vlmlora.lora.config import LoraConfig
+from vlmlora.lora.decompose import (
+    changes_base,
+    check_base,
+    config_for_untouched_base,
+    converted_for_untouched_base,
+    init_lora_weights_to_repeat,
+)
 from vlmlora.lora.selection import in_layers, matches_name
 from vlmlora.models.module_table import LinearSpec, ModuleTable
+from vlmlora.nn.linear import Linear
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -38,11 +53,20 @@ PEFT_VERSION = "0.21.2"
 WRAPPERS = ("model", "language_model", "vision_model")
 """Modules that hold a whole tower; versions of transformers differ in where they stand."""
 
-_BASE_KEEPING_INITS = (True, False, "gaussian", "eva", "orthogonal")
+_SUFFIXES = {
+    "lora_A": "lora_A.weight",
+    "lora_B": "lora_B.weight",
+    "lora_bias": "lora_B.bias",
+    "magnitude": "lora_magnitude_vector",
+}
+"""Name of an array here → how its key ends."""
+
+_REPEATABLE_INITS = (True, False, "gaussian", "eva", "orthogonal", "pissa", "olora", "loftq")
+_MATRICES = ("lora_A", "lora_B")
 _CHANGES_NOTHING = frozenset(
     (
         *("auto_mapping", "peft_type", "inference_mode", "peft_version", "runtime_config"),
-        *("megatron_config", "megatron_core", "qalora_group_size", "loftq_config", "eva_config"),
+        *("megatron_config", "megatron_core", "qalora_group_size", "eva_config"),
         *("corda_config", "lora_ga_config", "ensure_weight_tying"),
     )
 )
@@ -56,17 +80,25 @@ class AdapterArrays:
         name: the module's name in the file, without ``base_model.model.``.
         lora_A: [r, in].
         lora_B: [out, r].
+        lora_bias: [out]; None without.
+        magnitude: DoRA's row lengths, [out]; None without.
     """
 
     name: str
     lora_A: np.ndarray
     lora_B: np.ndarray
+    lora_bias: np.ndarray | None = None
+    magnitude: np.ndarray | None = None
 
 
 def save_adapter(
     directory: str | PathLike[str], module: nnx.Module, table: ModuleTable, config: LoraConfig
 ) -> None:
     """Write a model's adapters for PEFT to load.
+
+    Adapters that started as a part of the base weight (PiSSA, OLoRA) are written with twice the rank, so that
+    they are right on the untouched base; after several LoftQ iterations the config tells who loads the
+    adapter to repeat them (see `vlmlora.lora.decompose`).
 
     The directory's other files stay. On failure nothing in it has changed, and a new one is not left behind.
 
@@ -82,6 +114,8 @@ def save_adapter(
         OSError: writing failed.
     """
     tensors = _adapter_tensors(module, table, config)
+    if any(adapter.initial_A is not None for _, adapter, _ in adapted_modules(module, table)):
+        config = config_for_untouched_base(config)
     names = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in tensors}
     directory = Path(directory).resolve()
     if directory.exists() and not directory.is_dir():
@@ -117,21 +151,33 @@ def read_adapter(directory: str | PathLike[str]) -> tuple[LoraConfig, dict[str, 
     matrices: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
     unmatched = []
     for key, value in _read_tensors(directory).items():
-        parts = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.(lora_[AB])\.weight", key)
-        if parts is None or value.ndim != 2:
+        array = next((array for array, suffix in _SUFFIXES.items() if key.endswith(f".{suffix}")), None)
+        if array is None or not key.startswith(PREFIX) or value.ndim != (2 if array in _MATRICES else 1):
             unmatched.append(key)
         else:
-            matrices[parts[1]][parts[2]] = value.astype(np.float32)
+            name = key.removeprefix(PREFIX).removesuffix(f".{_SUFFIXES[array]}")
+            matrices[name][array] = value.astype(np.float32)
     if unmatched:
         raise ValueError(
             f"{directory / WEIGHTS_FILE} has {_listed(unmatched, 'key')} that no LoRA matrix has"
         )
+    needed = {*_MATRICES, *(["lora_bias"] if config.lora_bias else [])}
+    needed |= {"magnitude"} if config.use_dora else set()
     if half := [
-        f"{PREFIX}{name}.{missing}.weight"
+        f"{PREFIX}{name}.{_SUFFIXES[missing]}"
         for name, pair in matrices.items()
-        for missing in {"lora_A", "lora_B"} - pair.keys()
+        for missing in needed - pair.keys()
     ]:
         raise ValueError(f"{directory / WEIGHTS_FILE} lacks {_listed(half, 'key')}")
+    if extra := [
+        f"{PREFIX}{name}.{_SUFFIXES[array]}"
+        for name, pair in matrices.items()
+        for array in pair.keys() - needed
+    ]:
+        raise ValueError(
+            f"{directory / WEIGHTS_FILE} has {_listed(extra, 'key')} that its config (use_dora="
+            f"{config.use_dora}, lora_bias={config.lora_bias}) does not ask for"
+        )
     if not matrices:
         raise ValueError(f"{directory / WEIGHTS_FILE} holds no tensors")
     adapters: dict[str, AdapterArrays] = {}
@@ -172,12 +218,13 @@ def load_adapter_into(module: nnx.Module, table: ModuleTable, directory: str | P
     wrong = []
     for short, each in adapters.items():
         spec, r = specs[short], config.rank_of(each.name)
-        expected = (r, spec.in_features), (spec.out_features, r)
-        found = each.lora_A.shape, each.lora_B.shape
+        expected = {"lora_A": (r, spec.in_features), "lora_B": (spec.out_features, r)}
+        expected |= dict.fromkeys(("lora_bias", "magnitude"), (spec.out_features,))
+        found = {array: getattr(each, array) for array in expected if getattr(each, array) is not None}
         wrong += [
-            f"{PREFIX}{each.name}.{matrix}.weight is {list(have)}, not {list(want)}"
-            for matrix, have, want in zip(("lora_A", "lora_B"), found, expected, strict=True)
-            if have != want
+            f"{PREFIX}{each.name}.{_SUFFIXES[array]} is {list(have.shape)}, not {list(expected[array])}"
+            for array, have in found.items()
+            if have.shape != expected[array]
         ]
     if wrong:
         raise ValueError(f"{file} does not fit the base model or its own config: {_listed(wrong, 'tensor')}")
@@ -188,13 +235,12 @@ def load_adapter_into(module: nnx.Module, table: ModuleTable, directory: str | P
         if short in adapters:
             groups[spec.path].append(spec)
     for path, group in groups.items():
+        for spec in group:
+            check_base(layer_weight(linears[path], spec), config, spec.name)
+    for path, group in groups.items():
         group.sort(key=lambda spec: spec.layer or 0)
-        arrays = [_arrays(adapters, spec) for spec in group]
-        linears[path].adapter = make_adapter(
-            group,
-            [LoraArrays(each.lora_A, each.lora_B, config.scaling_of(each.name)) for each in arrays],
-            dropout=config.lora_dropout,
-        )
+        arrays = [_lora_arrays(_arrays(adapters, spec), linears[path], spec, config) for spec in group]
+        linears[path].adapter = make_adapter(group, arrays, dropout=config.lora_dropout)
     names = {specs[short].name: each.name for short, each in adapters.items()}
     return replace(
         config,
@@ -218,6 +264,12 @@ def peft_config_fields(config: LoraConfig, *, target_modules: str) -> dict[str, 
         config: the adapter's arguments.
         target_modules: regular expression of the trained modules; what narrowed them down is part of it.
     """
+    # Starts that have done their part are not named, so that older versions need not know them.
+    init = config.init_lora_weights if config.init_lora_weights in (True, False, "gaussian") else True
+    repeats = init_lora_weights_to_repeat(config)
+    # Fields that older versions do not know appear only where they matter.
+    newer = {"lora_bias": True} if config.lora_bias else {}
+    newer |= {"loftq_config": config.loftq_config} if repeats else {}
     return {
         "peft_type": "LORA",
         "task_type": config.task_type,
@@ -237,9 +289,10 @@ def peft_config_fields(config: LoraConfig, *, target_modules: str) -> dict[str, 
         "modules_to_save": None,
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
-        "init_lora_weights": config.init_lora_weights,
+        "init_lora_weights": repeats or init,
         "fan_in_fan_out": False,
         "peft_version": PEFT_VERSION,
+        **newer,
     }
 
 
@@ -314,22 +367,40 @@ def _arrays(adapters: Mapping[str, AdapterArrays], spec: LinearSpec) -> AdapterA
     return adapters[name_without_wrappers(spec.name)]
 
 
+def _lora_arrays(each: AdapterArrays, linear: Linear, spec: LinearSpec, config: LoraConfig) -> LoraArrays:
+    """One layer's arrays; where the start took them out of the base weight, it is repeated on the base."""
+    scaling, initial = config.scaling_of(each.name), (None, None)
+    if changes_base(config.init_lora_weights):
+        initial = take_from_base(linear, spec, config, r=each.lora_A.shape[0], scaling=scaling)
+    if config.init_lora_weights == "loftq":
+        initial = (None, None)
+    return LoraArrays(each.lora_A, each.lora_B, scaling, each.lora_bias, each.magnitude, *initial)
+
+
 def _adapter_tensors(module: nnx.Module, table: ModuleTable, config: LoraConfig) -> dict[str, np.ndarray]:
     tensors = {}
-    host: dict[int, tuple[np.ndarray, ...]] = {}
+    host: dict[int, dict[str, np.ndarray]] = {}
     for spec, adapter, index in adapted_modules(module, table):
         if id(adapter) not in host:
-            variables = (adapter.lora_A, adapter.lora_B, adapter.scaling)
-            host[id(adapter)] = tuple(np.asarray(v.get_value(), np.float32) for v in variables)
-        lora_A, lora_B, scaling = (a if index is None else a[index] for a in host[id(adapter)])
+            host[id(adapter)] = {
+                name: np.asarray(variable.get_value(), np.float32)
+                for name in (*_SUFFIXES, "scaling", "initial_A", "initial_B")
+                if (variable := getattr(adapter, name)) is not None
+            }
+        arrays = {name: a if index is None else a[index] for name, a in host[id(adapter)].items()}
+        r, scaling = arrays["lora_A"].shape[0], arrays["scaling"]
         expected = config.rank_of(spec.name), np.float32(config.scaling_of(spec.name))
-        if not (lora_A.shape[0] == expected[0] and np.isclose(scaling, expected[1], rtol=1e-6)):
+        if not (r == expected[0] and np.isclose(scaling, expected[1], rtol=1e-6)):
             raise ValueError(
-                f"the adapter of {spec.name} has rank {lora_A.shape[0]} and scaling {scaling}, "
+                f"the adapter of {spec.name} has rank {r} and scaling {scaling}, "
                 f"its config rank {expected[0]} and scaling {expected[1]}"
             )
-        tensors[f"{PREFIX}{spec.name}.lora_A.weight"] = np.ascontiguousarray(lora_A)
-        tensors[f"{PREFIX}{spec.name}.lora_B.weight"] = np.ascontiguousarray(lora_B)
+        if "initial_A" in arrays:
+            four = (arrays[name] for name in (*_MATRICES, "initial_A", "initial_B"))
+            arrays |= dict(zip(_MATRICES, converted_for_untouched_base(*four), strict=True))
+        for name, suffix in _SUFFIXES.items():
+            if name in arrays:
+                tensors[f"{PREFIX}{spec.name}.{suffix}"] = np.ascontiguousarray(arrays[name])
     if not tensors:
         raise ValueError("the model has no adapters to save; make some with get_peft_model")
     return tensors
@@ -374,13 +445,16 @@ def _read_config(file: Path) -> LoraConfig:
     if absent := [name for name in ("r", "lora_alpha", "target_modules") if found.get(name) is None]:
         raise ValueError(f"{file} lacks {', '.join(absent)}")
     init = found.get("init_lora_weights", True)
-    if init not in _BASE_KEEPING_INITS:
+    if init not in _REPEATABLE_INITS:
         raise NotImplementedError(
-            f"{file}: init_lora_weights={init!r} changed the base weights, which is not supported; convert "
-            "the adapter with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+            f"{file}: init_lora_weights={init!r} changed the base weights in a way that cannot be repeated; "
+            "convert the adapter with PEFT's "
+            "save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
     if init in ("eva", "orthogonal"):
         found["init_lora_weights"] = True  # They have done their part, which PEFT's files do not depend on.
+    if init != "loftq":
+        found["loftq_config"] = None
     arguments = {}
     for name, value in found.items():
         if name in _CHANGES_NOTHING or value is None or value == [] or value == "":

@@ -23,17 +23,22 @@ FLAGS = {
 
 @dataclass(frozen=True)
 class SelectedModule:
-    """A module that gets an adapter of rank `r`, whose output is multiplied by `scaling`."""
+    """A module that gets an adapter of rank `r`, whose output is multiplied by `scaling`.
+
+    `vectors` counts its trainable vectors of the output's size: DoRA's magnitude, and the adapter's bias.
+    """
 
     spec: LinearSpec
     r: int
     lora_alpha: int | float
     scaling: float
+    vectors: int = 0
 
     @property
     def parameters(self) -> int:
         """Number of trainable parameters."""
-        return self.r * (self.spec.in_features + self.spec.out_features)
+        spec = self.spec
+        return self.r * (spec.in_features + spec.out_features) + self.vectors * spec.out_features
 
 
 @dataclass(frozen=True)
@@ -135,15 +140,34 @@ def select(table: ModuleTable, config: LoraConfig) -> Selection:
             f"no module is selected by {_arguments_of_selection(config)}{_regex_hint(table, targets)}"
         )
     _check_patterns(table, config)
-    return Selection(
+    selection = Selection(
         table,
         tuple(
             SelectedModule(
-                spec, config.rank_of(spec.name), config.alpha_of(spec.name), config.scaling_of(spec.name)
+                spec,
+                config.rank_of(spec.name),
+                config.alpha_of(spec.name),
+                config.scaling_of(spec.name),
+                vectors=config.use_dora + config.lora_bias,
             )
             for spec in chosen
         ),
     )
+    _check_ranks(selection, config)
+    return selection
+
+
+def _check_ranks(selection: Selection, config: LoraConfig) -> None:
+    """Starts that take singular vectors of a weight have no more of them than its smaller side."""
+    if not str(config.init_lora_weights).startswith(("pissa", "olora", "loftq")):
+        return
+    for module in selection.modules:
+        if module.r > (most := min(module.spec.in_features, module.spec.out_features)):
+            raise ValueError(
+                f"init_lora_weights={config.init_lora_weights!r} gives {module.spec.name} "
+                f"[{module.spec.out_features}, {module.spec.in_features}] a rank of at most {most}, not "
+                f"{module.r}; lower r, or give the module a rank of its own with rank_pattern"
+            )
 
 
 def matches_name(entry: str, name: str) -> bool:
