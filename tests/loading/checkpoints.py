@@ -1,9 +1,11 @@
 """Small checkpoints as transformers and bitsandbytes write them, and a model's parameters by name."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
 
+import bitsandbytes
 import numpy as np
 import torch
 from flax import nnx
@@ -77,3 +79,16 @@ def dense_parameters(model: nnx.Module) -> dict[str, np.ndarray]:
 def as_numpy(tensor: torch.Tensor) -> np.ndarray:
     """A torch tensor in float32."""
     return tensor.detach().float().numpy()
+
+
+def decoded(module: torch.nn.Module) -> torch.Tensor | None:
+    """A linear layer's weight as bitsandbytes decodes it; None for one that is not quantised."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, bitsandbytes.nn.Linear4bit):
+        # As one row: on a CPU with AVX-512, bitsandbytes 0.50 decodes blocks that straddle rows wrongly.
+        state = copy.copy(weight.quant_state)
+        state.shape = torch.Size((1, state.shape.numel()))
+        return bitsandbytes.functional.dequantize_4bit(weight.data, state).reshape(weight.quant_state.shape)
+    if isinstance(module, bitsandbytes.nn.Linear8bitLt):
+        return bitsandbytes.functional.int8_vectorwise_dequant(weight.CB, weight.SCB)
+    return None

@@ -10,6 +10,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from tests.loading.checkpoints import (
     as_numpy,
+    decoded,
     dense_parameters,
     parameters,
     rewrite,
@@ -36,16 +37,6 @@ def quantized(bf16_checkpoint, tmp_path_factory):
         target = tmp_path_factory.mktemp(kind)
         made[kind] = target, write_quantized(directory, target, **arguments)
     return made
-
-
-def decoded(module: torch.nn.Module) -> torch.Tensor | None:
-    """A linear layer's weight as bitsandbytes decodes it; None for one that is not quantised."""
-    weight = getattr(module, "weight", None)
-    if isinstance(module, bitsandbytes.nn.Linear4bit):
-        return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
-    if isinstance(module, bitsandbytes.nn.Linear8bitLt):
-        return bitsandbytes.functional.int8_vectorwise_dequant(weight.CB, weight.SCB)
-    return None
 
 
 @pytest.mark.parametrize("kind", KINDS)
