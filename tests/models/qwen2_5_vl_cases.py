@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from tests.families import description
 from vlmlora.models.qwen2_5_vl.positions import IMAGE, VIDEO, mrope_position_ids, vision_layout
 
 IMAGE_TOKEN, VIDEO_TOKEN, VISION_START, VISION_END, EOS = 240, 241, 242, 243, 244
@@ -55,13 +56,7 @@ def tiny_config(text: dict | None = None, vision: dict | None = None, **kwargs: 
 
 def random_torch_model(config: Qwen2_5_VLConfig, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
     """transformers' model in float32, every parameter random: norms and biases too."""
-    torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn_like(parameter) * 0.1
-            parameter.copy_(noise if parameter.ndim > 1 else parameter + noise)
-    return model
+    return description.random_torch_model(Qwen2_5_VLForConditionalGeneration, config, seed)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,28 @@
+"""Every test that asks for a family runs for all, and one that asks for a case for all of theirs."""
+
+import pytest
+
+from tests.families.description import descriptions
+from tests.families.parity import cases_of
+
+
+def pytest_generate_tests(metafunc):
+    families = descriptions()
+    if "family_case" in metafunc.fixturenames:
+        params = cases_of(families)
+        metafunc.parametrize("family_case", params, ids=map("-".join, params), indirect=True, scope="module")
+    elif "family" in metafunc.fixturenames:
+        metafunc.parametrize("family", families.values(), ids=families, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def family(request):
+    """A family's description."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def family_case(request):
+    """A family's description and the name of one of its cases."""
+    family, case = request.param
+    return descriptions()[family], case

@@ -1,0 +1,37 @@
+"""The module table and what selections of it train."""
+
+import time
+
+import torch
+
+from tests.families.parity import linear_names
+from vlmlora.lora.config import LoraConfig
+from vlmlora.lora.selection import select
+from vlmlora.models.module_table import module_table
+
+
+def test_the_table_is_that_of_transformers_linear_modules(family_case):
+    family, name = family_case
+    config = family.cases[name].config
+    with torch.device("meta"):
+        model = family.model_class(config)
+    table = module_table(config)
+    assert len({spec.name for spec in table}) == len(table)
+    tied = config.tie_word_embeddings and model.get_output_embeddings()
+    assert {spec.name for spec in table} == set(linear_names(model, head=not tied))
+    for spec in table:
+        linear = model.get_submodule(spec.name)
+        assert (spec.in_features, spec.out_features) == (linear.in_features, linear.out_features)
+        assert spec.bias == (linear.bias is not None)
+        assert (spec.part, spec.role) == family.place(spec.name), spec.name
+        assert spec.layer is None or str(spec.layer) in spec.name.split(".")
+
+
+def test_counts_of_trained_parameters(family):
+    assert family.counts
+    for count in family.counts:
+        start = time.process_time()
+        table = module_table(count.config)
+        # A table is made of shapes alone, at once for any size of model.
+        assert time.process_time() - start < 2
+        assert select(table, LoraConfig(**count.arguments)).parameters == count.parameters
