@@ -20,6 +20,9 @@ FLAGS = {
 }
 """Part or role → the argument that chooses it."""
 
+PARTS = ("vision", "projector", "language", "head")
+"""Parts of a model, in the order in which data passes through them."""
+
 
 @dataclass(frozen=True)
 class SelectedModule:
@@ -74,7 +77,7 @@ class Selection:
         groups: dict[tuple[str, str], list[LinearSpec]] = {}
         for spec in self.table:
             groups.setdefault((spec.part, spec.role), []).append(spec)
-        order = ("vision", "projector", "language", "head", "attention", "mlp", "other")
+        order = (*PARTS, "attention", "mlp", "other")
         table = Table(title="LoRA adapters")
         for heading, justify in (
             *(("part", "left"), ("role", "left"), ("targets", "left")),

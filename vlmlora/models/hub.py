@@ -1,5 +1,6 @@
 """From a path or a Hugging Face repository to a directory on this machine."""
 
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def resolve(
     token: str | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
+    files: Sequence[str] = NEEDED_FILES,
 ) -> Path:
     """A directory as it is; a hub repository downloaded, with huggingface_hub's progress bars.
 
@@ -49,6 +51,7 @@ def resolve(
         token: for private and gated repositories; None uses the one that ``hf auth login`` stored.
         revision: branch, tag or commit.
         local_files_only: use what is in the cache and do not ask the hub.
+        files: patterns of the files to download.
 
     Returns:
         The directory that holds the files.
@@ -78,7 +81,7 @@ def resolve(
                 revision=revision,
                 token=token,
                 local_files_only=local_files_only,
-                allow_patterns=list(NEEDED_FILES),
+                allow_patterns=list(files),
                 ignore_patterns=list(UNNEEDED_FILES),
             )
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import jax
 from flax import nnx
 from transformers import PreTrainedConfig
 
@@ -27,6 +28,9 @@ class Family:
         key_renames: ``(pattern, replacement)`` applied to checkpoint keys of earlier transformers versions.
         ignored_keys: patterns of checkpoint keys that hold no parameter.
         processor: ``processor(directory, config)`` loads the family's processor.
+        batch_shapes: ``batch_shapes(config, rows, tokens, image_size)`` gives the shapes of a training batch
+            in which every row holds one image of `image_size` (height, width), or none where that is None.
+            Memory is planned with it.
     """
 
     model_type: str
@@ -37,6 +41,7 @@ class Family:
     key_renames: tuple[tuple[str, str], ...]
     ignored_keys: tuple[str, ...]
     processor: Callable[..., Any]
+    batch_shapes: Callable[..., dict[str, jax.ShapeDtypeStruct]] | None = None
 
 
 _FAMILIES: dict[str, Family] = {}

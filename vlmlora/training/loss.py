@@ -13,6 +13,9 @@ from vlmlora.training.remat import GradientCheckpointing, remat_policy
 IGNORE_INDEX = -100
 """Label of a token that is not learnt (PyTorch's and Hugging Face's convention)."""
 
+CHUNK_SIZE = 2048
+"""Tokens whose logits exist at a time."""
+
 LossFn = Callable[..., Float[Array, ""]]
 
 
@@ -21,7 +24,7 @@ def cross_entropy(
     logits: Callable[[Float[Array, "rows chunk hidden"]], Float[Array, "rows chunk vocab"]],
     labels: Int[Array, "rows tokens"],
     *,
-    chunk_size: int = 2048,
+    chunk_size: int = CHUNK_SIZE,
 ) -> Float[Array, ""]:
     """Sum of the negative log-likelihoods of `labels`, computed where there are labels only.
 
@@ -87,7 +90,7 @@ def make_loss_fn(
     graphdef: nnx.GraphDef,
     *,
     gradient_checkpointing: GradientCheckpointing = "unsloth",
-    chunk_size: int = 2048,
+    chunk_size: int = CHUNK_SIZE,
 ) -> LossFn:
     """The mean next-token loss of a model as ``loss(adapters, frozen, batch, key=None)``.
 

@@ -29,10 +29,10 @@ NAMED_POLICIES: dict[str, dict[str, str]] = {
 POLICIES = (False, True, *NAMED_POLICIES)
 """What `use_gradient_checkpointing` takes, beside a dict."""
 
-GradientCheckpointing = bool | str | Mapping[str, str]
+GradientCheckpointing = bool | str | Mapping[str, str] | Remat
 
 
-def remat_policy(policy: GradientCheckpointing) -> Remat | None:
+def remat_policy(policy: GradientCheckpointing, *, offloads: bool | None = None) -> Remat | None:
     """How the body of a tower's scan over layers is rematerialised.
 
     A dict says for each name in `NAMES` whether the value is saved (``"save"``), saved in pinned host memory
@@ -51,18 +51,22 @@ def remat_policy(policy: GradientCheckpointing) -> Remat | None:
         policy: False saves every intermediate result. True saves a layer's input alone and computes the rest
             again in the backward pass. ``"unsloth"`` does the same and keeps the layer inputs in pinned host
             memory. ``"attention"``, ``"mlp"`` and ``"attention+mlp"`` save what their names say. Or a dict.
+            A function is returned as it is.
+        offloads: whether there is host memory apart from the device's; None asks the default device.
 
     Raises:
         ValueError: unknown policy, name or place.
     """
     if policy is False:
         return None
+    if callable(policy):
+        return policy
     if policy is True:
         return functools.partial(jax.checkpoint, prevent_cse=False)
     places = _places(policy)
     saved = [name for name, place in places.items() if place == "save"]
     offloaded = [name for name, place in places.items() if place == "offload"]
-    if offloaded and not _offloads_to_host():
+    if offloaded and not (_offloads_to_host() if offloads is None else offloads):
         saved, offloaded = saved + offloaded, []
     kept = [name for name in saved if name != LAYER_INPUT]
     if not kept and not offloaded:

@@ -1,10 +1,21 @@
 """Qwen2.5-VL (https://arxiv.org/abs/2502.13923)."""
 
-from transformers import Qwen2_5_VLConfig
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig, Qwen2_5_VLConfig
 
 from vlmlora.models.qwen2_5_vl.modules import Qwen2_5_VLForConditionalGeneration
-from vlmlora.models.qwen2_5_vl.processing import load_processor
+from vlmlora.models.qwen2_5_vl.shapes import batch_shapes
 from vlmlora.models.registry import Family, register
+
+
+def _load_processor(directory: Path, config: PreTrainedConfig) -> Any:
+    # Imported when it is needed: transformers' image processors take long, and a model's shape needs none.
+    from vlmlora.models.qwen2_5_vl.processing import load_processor
+
+    return load_processor(directory, config)
+
 
 register(
     Family(
@@ -23,6 +34,7 @@ register(
             (r"^model\.(?!visual\.|language_model\.)", "model.language_model."),
         ),
         ignored_keys=(r"\.inv_freq$",),
-        processor=load_processor,
+        processor=_load_processor,
+        batch_shapes=batch_shapes,
     )
 )
