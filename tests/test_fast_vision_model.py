@@ -153,8 +153,8 @@ def test_wrong_arguments_are_refused_before_anything_is_built(fresh, tmp_path):
         FastVisionModel.from_pretrained(bundled_model(), load_in_4bits=True)
     with pytest.raises(ValueError, match=r"load_in_4bit.*load_in_8bit"):
         FastVisionModel.from_pretrained(bundled_model(), load_in_4bit=True, load_in_8bit=True)
-    with pytest.raises(NotImplementedError, match="use_dora=True"):
-        FastVisionModel.get_peft_model(fresh, use_dora=True)
+    with pytest.raises(NotImplementedError, match=r"target_parameters=.*mixture-of-experts"):
+        FastVisionModel.get_peft_model(fresh, target_parameters=["experts.down_proj"])
     with pytest.raises(ValueError, match="use_gradient_checkpointing='all'"):
         FastVisionModel.get_peft_model(fresh, use_gradient_checkpointing="all")
     with pytest.raises(ValueError, match="max_new_tokens=0"):

@@ -23,6 +23,7 @@ from vlmlora.lora.apply import add_adapters, trainable_parameters
 from vlmlora.lora.config import EvaConfig, LoraConfig, reject_unknown_arguments
 from vlmlora.lora.peft_format import load_adapter_into, save_adapter
 from vlmlora.lora.selection import select
+from vlmlora.lora.trained import BaseModel, attach_trained, plan_trained
 from vlmlora.models.hub import resolve
 from vlmlora.models.loading import IMPLIED_TRUE, load_model, read_config, resolve_load_mode
 from vlmlora.models.module_table import ModuleTable, module_table
@@ -234,7 +235,9 @@ class FastVisionModel:
         arguments |= {"rank_pattern": rank_pattern or {}, "alpha_pattern": alpha_pattern or {}}
         config = LoraConfig(**arguments, base_model_name_or_path=model.name_or_path, revision=model.revision)
         selection = select(model.module_table, config)
+        parts = plan_trained(BaseModel.of(model.module), config, selection.names)
         add_adapters(model.module, selection, config, jax.random.key(random_state))
+        attach_trained(model.module, parts)
         model.lora_config = config
         model.use_gradient_checkpointing = use_gradient_checkpointing
         if verbose:

@@ -354,6 +354,13 @@ def dropping(name, *matrices):
             r"1 module \(model.layers.9.self_attn.q_proj\) that the base model does not have",
         ),
         (adding("lm_head", suffixes=["weight"]), {}, r"1 key \(base_model.model.lm_head.weight\)"),
+        (dict.copy, {"modules_to_save": ["lm_head"]}, r"lacks 1 key \(base_model.model.lm_head.weight\)"),
+        (dict.copy, {"bias": "lora_only"}, r"lacks 3 keys \(.*q_proj.bias.*\) that .* says are trained"),
+        (
+            adding("lm_head", suffixes=["weight"], shape=(64, 31)),
+            {"modules_to_save": ["lm_head"]},
+            r"lm_head.weight is \[64, 31\], not \[64, 32\]",
+        ),
         (adding(Q.format(0), suffixes=["lora_magnitude_vector"]), {}, "q_proj.lora_magnitude_vector"),
         (
             dropping(Q.format(1), "lora_B"),
@@ -389,8 +396,6 @@ def test_what_does_not_fit_is_an_error_that_lists_it(table, flax_model, tmp_path
     "fields",
     [
         {"init_lora_weights": "pissa_niter_4"},
-        {"bias": "all"},
-        {"modules_to_save": ["lm_head"]},
         {"layer_replication": [[0, 2]]},
         {"use_qalora": True},
     ],

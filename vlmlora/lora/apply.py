@@ -14,6 +14,7 @@ from vlmlora.lora.decompose import changes_base, check_base, split_weight
 from vlmlora.lora.init import init_bias, init_lora, module_salt
 from vlmlora.lora.layer import Lora, MixedRankLora, groups_of, row_norms
 from vlmlora.lora.selection import SelectedModule, Selection
+from vlmlora.lora.trained import remove_trained, trained_parts
 from vlmlora.models.module_table import LinearSpec, ModuleTable, linear_modules
 from vlmlora.nn.linear import Linear
 from vlmlora.nn.variables import Trainable
@@ -178,6 +179,11 @@ def linears_without_adapters(module: nnx.Module, table: ModuleTable) -> dict[str
             f"the model already has adapters, on {len(adapted)} modules such as {adapted[0]}; "
             "take them off with remove_adapters first"
         )
+    if trained := list(trained_parts(module)):
+        raise ValueError(
+            f"the model already trains {len(trained)} of its own parameters, such as {trained[0]}; "
+            "take them off with remove_adapters first"
+        )
     for spec in table:
         linear = linears.get(spec.path)
         if linear is None:
@@ -191,7 +197,8 @@ def linears_without_adapters(module: nnx.Module, table: ModuleTable) -> dict[str
 
 
 def remove_adapters(module: nnx.Module) -> None:
-    """Take every adapter off, in place; the base is left as it was."""
+    """Take every adapter off, in place; the base is left as it was, and what trained of it is put back."""
+    remove_trained(module)
     for linear in linear_modules(module).values():
         linear.adapter = None
 

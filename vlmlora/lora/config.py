@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Integral
 from typing import Any
 
 INIT_METHODS = (
@@ -56,7 +57,8 @@ class LoraConfig:
             (each the whole name or a dotted suffix), or a regular expression matched in full.
         lora_alpha: the adapter's output is scaled by ``lora_alpha / r``, or ``lora_alpha / sqrt(r)``.
         lora_dropout: probability that an element of the adapter's input is dropped in training.
-        bias: which biases train; only ``"none"``.
+        bias: which biases of the base model train: ``"none"``, ``"all"``, or ``"lora_only"``, those of the
+            adapted modules.
         finetune_vision_layers: adapt the vision tower.
         finetune_language_layers: adapt the language model.
         finetune_attention_modules: adapt attention projections.
@@ -67,7 +69,8 @@ class LoraConfig:
             adapted all the same, as in PEFT.
         layers_pattern: name of the module list that `layers_to_transform` counts in; None for any.
         use_rslora: scale by ``lora_alpha / sqrt(r)`` (https://arxiv.org/abs/2312.03732).
-        modules_to_save: modules trained in full; not supported.
+        modules_to_save: modules trained in full and saved with the adapter; each entry is the end of a
+            module's name. They are not adapted.
         init_lora_weights: True (A Kaiming-uniform, B zero), False (both as a linear layer starts),
             ``"gaussian"`` (A normal, B zero) or ``"orthogonal"`` (both random, B A zero; even ranks);
             ``"pissa"``, ``"pissa_niter_N"``, ``"olora"`` or ``"loftq"``, which take the adapter out of the
@@ -77,7 +80,8 @@ class LoraConfig:
         task_type: ``"CAUSAL_LM"``.
         target_parameters: bare parameters to adapt, as mixture-of-experts layers have; refused, because the
             supported model families have none.
-        ensure_weight_tying: not supported.
+        ensure_weight_tying: where the head is tied to the input embedding and `modules_to_save` names one of
+            them, train one copy for both. Without, each has its own.
         finetune_projector: adapt the projector between the vision tower and the language model.
         use_dora: train the lengths of the weight's rows apart from their directions
             (https://arxiv.org/abs/2402.09353).
@@ -87,7 +91,8 @@ class LoraConfig:
         lora_bias: give B a bias, zero at the start; with `init_lora_weights` True or False and without DoRA,
             as in PEFT.
         eva_config: with ``"eva"``: an `EvaConfig`, or its fields as a mapping.
-        trainable_token_indices: not supported.
+        trainable_token_indices: rows of the input embedding that train, with those of a head that is
+            tied to it; or a module's name → its rows.
         base_model_name_or_path: the base model, written to the adapter's files.
         revision: its revision, likewise.
 
@@ -139,10 +144,14 @@ class LoraConfig:
         return cls(**arguments)
 
     def __post_init__(self):
-        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        if isinstance(self.modules_to_save, str):
+            object.__setattr__(self, "modules_to_save", (self.modules_to_save,))
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 object.__setattr__(self, name, _names(name, value))
+        if self.trainable_token_indices is not None:
+            object.__setattr__(self, "trainable_token_indices", _token_indices(self.trainable_token_indices))
         if self.layers_to_transform is not None:
             object.__setattr__(self, "layers_to_transform", _layer_numbers(self.layers_to_transform))
         for name in ("rank_pattern", "alpha_pattern"):
@@ -175,9 +184,10 @@ class LoraConfig:
             raise ValueError(f"finetune_last_n_layers={n!r}: it must be an integer of at least 1, or None")
 
     def _check_selection(self):
-        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
             value = getattr(self, name)
-            patterns = [value] if isinstance(value, str) else value if name == "layers_pattern" else None
+            are_patterns = name in ("layers_pattern", "modules_to_save")
+            patterns = [value] if isinstance(value, str) else value if are_patterns else None
             for pattern in patterns or []:
                 _check_regex(name, pattern)
             if value is not None and name != "layers_pattern" and not value:
@@ -204,19 +214,6 @@ class LoraConfig:
                 "mixture-of-experts layers, of which the supported model families have none; name linear "
                 "modules with target_modules"
             )
-        unsupported = {
-            "bias": self.bias != "none",
-            **{
-                name: bool(getattr(self, name))
-                for name in ("modules_to_save", "ensure_weight_tying", "trainable_token_indices")
-            },
-        }
-        for name, found in unsupported.items():
-            if found:
-                default = next(f for f in fields(self) if f.name == name).default
-                raise NotImplementedError(
-                    f"{name}={getattr(self, name)!r} is not supported yet; the default is {default!r}"
-                )
 
     def _check_initialisation(self):
         init = self.init_lora_weights
@@ -319,6 +316,21 @@ def _eva_config(value: Any, init: bool | str) -> EvaConfig | None:
     found = dict(value) if isinstance(value, Mapping) else vars(value)
     reject_unknown_arguments(found, [f.name for f in fields(EvaConfig)], caller="eva_config")
     return EvaConfig(**found)
+
+
+def _token_indices(
+    value: Sequence[int] | Mapping[str, Sequence[int]],
+) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
+    if isinstance(value, Mapping):
+        if not value:
+            raise ValueError("trainable_token_indices={} names no module; pass None for the default")
+        return {name: _token_indices(rows) for name, rows in value.items()}
+    rows = tuple(value)
+    if not rows or any(isinstance(row, bool) or not isinstance(row, Integral) or row < 0 for row in rows):
+        raise ValueError(f"trainable_token_indices={value!r}: token indices are integers of at least 0")
+    if len(set(rows)) != len(rows):
+        raise ValueError(f"trainable_token_indices={value!r} names a token twice")
+    return tuple(map(int, rows))
 
 
 def _check_regex(argument: str, pattern: str) -> None:

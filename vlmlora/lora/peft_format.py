@@ -11,13 +11,14 @@ import os
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError
@@ -39,9 +40,21 @@ from vlmlora.lora.decompose import (
     converted_for_untouched_base,
     init_lora_weights_to_repeat,
 )
-from vlmlora.lora.selection import in_layers, matches_name
+from vlmlora.lora.selection import in_layers, matches_name, saves_module
+from vlmlora.lora.trained import (
+    EMBEDDING,
+    HEAD,
+    BaseModel,
+    TrainedPart,
+    attach_trained,
+    part_shape,
+    plan_trained,
+    trained_parts,
+    trained_tensors,
+)
 from vlmlora.models.module_table import LinearSpec, ModuleTable
 from vlmlora.nn.linear import Linear
+from vlmlora.nn.trained import TrainedRows
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -67,9 +80,10 @@ _CHANGES_NOTHING = frozenset(
     (
         *("auto_mapping", "peft_type", "inference_mode", "peft_version", "runtime_config"),
         *("megatron_config", "megatron_core", "qalora_group_size", "eva_config"),
-        *("corda_config", "lora_ga_config", "ensure_weight_tying"),
+        *("corda_config", "lora_ga_config"),
     )
 )
+_TOKENS = ".token_adapter.trainable_tokens_delta"
 
 
 @dataclass(frozen=True)
@@ -89,6 +103,19 @@ class AdapterArrays:
     lora_B: np.ndarray
     lora_bias: np.ndarray | None = None
     magnitude: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class TrainedArray:
+    """One parameter of the base model that was trained, as the file has it, in float32.
+
+    Attributes:
+        key: its key in the file.
+        array: the whole parameter, or the rows of the trained tokens.
+    """
+
+    key: str
+    array: np.ndarray
 
 
 def save_adapter(
@@ -114,9 +141,12 @@ def save_adapter(
         OSError: writing failed.
     """
     tensors = _adapter_tensors(module, table, config)
+    names = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in tensors}
+    tensors |= _trained_tensors(module, names)
+    base = BaseModel.of(module)
     if any(adapter.initial_A is not None for _, adapter, _ in adapted_modules(module, table)):
         config = config_for_untouched_base(config)
-    names = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in tensors}
+    config = replace(config, ensure_weight_tying=config.ensure_weight_tying and base.has_tied_head)
     directory = Path(directory).resolve()
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"{directory} is a file; an adapter is a directory")
@@ -126,7 +156,11 @@ def save_adapter(
     try:
         # PEFT and transformers look for this entry to tell whose tensors these are.
         save_file(tensors, staged / WEIGHTS_FILE, metadata={"format": "pt"})
-        fields = peft_config_fields(config, target_modules=target_regex(table, names))
+        fields = peft_config_fields(
+            config,
+            target_modules=target_regex(table, names),
+            modules_to_save=_exported_modules_to_save(base, config),
+        )
         (staged / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n")
         if not (directory / CARD_FILE).exists():
             (staged / CARD_FILE).write_text(_model_card(config))
@@ -135,25 +169,35 @@ def save_adapter(
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def read_adapter(directory: str | PathLike[str]) -> tuple[LoraConfig, dict[str, AdapterArrays]]:
+def read_adapter(
+    directory: str | PathLike[str],
+) -> tuple[LoraConfig, dict[str, AdapterArrays], dict[str, TrainedArray]]:
     """Read an adapter directory, whichever version of PEFT or transformers wrote it.
 
     Returns:
-        The config, and the arrays of each module by its name without wrappers (see `name_without_wrappers`).
+        The config, the arrays of each adapted module, and the trained parameters of the base model, both by
+        their names without wrappers (see `name_without_wrappers`).
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is not what it should be; keys that belong to no LoRA matrix are listed.
+        ValueError: a file is not what it should be; keys that belong to nothing are listed.
         NotImplementedError: the adapter uses something that is not supported.
     """
     directory = Path(directory)
     config = _read_config(directory / CONFIG_FILE)
     matrices: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
+    trained: dict[str, TrainedArray] = {}
     unmatched = []
     for key, value in _read_tensors(directory).items():
         array = next((array for array, suffix in _SUFFIXES.items() if key.endswith(f".{suffix}")), None)
-        if array is None or not key.startswith(PREFIX) or value.ndim != (2 if array in _MATRICES else 1):
+        ndim = None if array is None else 2 if array in _MATRICES else 1
+        if not key.startswith(PREFIX) or ndim not in (None, value.ndim):
             unmatched.append(key)
+        elif array is None:
+            # PEFT saves the untouched original of a trained module's bias as well.
+            if ".original_module." not in key:
+                name = name_without_wrappers(_parameter_name(key.removeprefix(PREFIX)))
+                trained[name] = TrainedArray(key, value.astype(np.float32))
         else:
             name = key.removeprefix(PREFIX).removesuffix(f".{_SUFFIXES[array]}")
             matrices[name][array] = value.astype(np.float32)
@@ -179,7 +223,7 @@ def read_adapter(directory: str | PathLike[str]) -> tuple[LoraConfig, dict[str, 
             f"{config.use_dora}, lora_bias={config.lora_bias}) does not ask for"
         )
     if not matrices:
-        raise ValueError(f"{directory / WEIGHTS_FILE} holds no tensors")
+        raise ValueError(f"{directory / WEIGHTS_FILE} holds no tensors of LoRA")
     adapters: dict[str, AdapterArrays] = {}
     for name, pair in matrices.items():
         short = name_without_wrappers(name)
@@ -188,7 +232,7 @@ def read_adapter(directory: str | PathLike[str]) -> tuple[LoraConfig, dict[str, 
                 f"{directory / WEIGHTS_FILE} has {adapters[short].name} and {name}, which are one module"
             )
         adapters[short] = AdapterArrays(name, **pair)
-    return config, adapters
+    return config, adapters, trained
 
 
 def load_adapter_into(module: nnx.Module, table: ModuleTable, directory: str | PathLike[str]) -> LoraConfig:
@@ -208,7 +252,7 @@ def load_adapter_into(module: nnx.Module, table: ModuleTable, directory: str | P
             not fit the model or the config; the keys are listed. The model is then unchanged.
         NotImplementedError: the adapter uses something that is not supported.
     """
-    config, adapters = read_adapter(directory)
+    config, adapters, arrays_of_base = read_adapter(directory)
     file = Path(directory) / WEIGHTS_FILE
     specs = _specs_by_short_name(table)
     if unmatched := [each.name for short, each in adapters.items() if short not in specs]:
@@ -230,6 +274,10 @@ def load_adapter_into(module: nnx.Module, table: ModuleTable, directory: str | P
         raise ValueError(f"{file} does not fit the base model or its own config: {_listed(wrong, 'tensor')}")
 
     linears = linears_without_adapters(module, table)
+    base = BaseModel.of(module)
+    config = _with_names_of(base, config)
+    parts = plan_trained(base, config, {specs[short].name for short in adapters})
+    trained = _match_trained(module, parts, arrays_of_base, file)
     groups: dict[str, list[LinearSpec]] = defaultdict(list)
     for short, spec in specs.items():
         if short in adapters:
@@ -241,6 +289,9 @@ def load_adapter_into(module: nnx.Module, table: ModuleTable, directory: str | P
         group.sort(key=lambda spec: spec.layer or 0)
         arrays = [_lora_arrays(_arrays(adapters, spec), linears[path], spec, config) for spec in group]
         linears[path].adapter = make_adapter(group, arrays, dropout=config.lora_dropout)
+    attach_trained(module, parts)
+    for path, part in trained_parts(module).items():
+        part.trained.set_value(jnp.asarray(trained[path]))
     names = {specs[short].name: each.name for short, each in adapters.items()}
     return replace(
         config,
@@ -257,18 +308,23 @@ def load_adapter_into(module: nnx.Module, table: ModuleTable, directory: str | P
     )
 
 
-def peft_config_fields(config: LoraConfig, *, target_modules: str) -> dict[str, Any]:
+def peft_config_fields(
+    config: LoraConfig, *, target_modules: str, modules_to_save: Sequence[str] | None = None
+) -> dict[str, Any]:
     """The contents of ``adapter_config.json``: the fields that every version of PEFT knows.
 
     Args:
         config: the adapter's arguments.
         target_modules: regular expression of the trained modules; what narrowed them down is part of it.
+        modules_to_save: names of the modules that train in full.
     """
     # Starts that have done their part are not named, so that older versions need not know them.
     init = config.init_lora_weights if config.init_lora_weights in (True, False, "gaussian") else True
     repeats = init_lora_weights_to_repeat(config)
     # Fields that older versions do not know appear only where they matter.
     newer = {"lora_bias": True} if config.lora_bias else {}
+    for name in ("trainable_token_indices", "ensure_weight_tying"):
+        newer |= {name: getattr(config, name)} if getattr(config, name) else {}
     newer |= {"loftq_config": config.loftq_config} if repeats else {}
     return {
         "peft_type": "LORA",
@@ -286,7 +342,7 @@ def peft_config_fields(config: LoraConfig, *, target_modules: str) -> dict[str, 
         "layers_pattern": None,
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern,
-        "modules_to_save": None,
+        "modules_to_save": list(modules_to_save) if modules_to_save else None,
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
         "init_lora_weights": repeats or init,
@@ -406,6 +462,102 @@ def _adapter_tensors(module: nnx.Module, table: ModuleTable, config: LoraConfig)
     return tensors
 
 
+def _trained_tensors(module: nnx.Module, adapted: Collection[str]) -> dict[str, np.ndarray]:
+    tensors = {}
+    for name, trained, array in trained_tensors(module, trained_parts(module)):
+        of = name.rpartition(".")[0]
+        if isinstance(trained, TrainedRows):
+            key = of + _TOKENS
+        elif of in adapted:
+            key = f"{of}.base_layer.bias"
+        else:
+            key = name
+        tensors[PREFIX + key] = np.array(array, order="C")
+    return tensors
+
+
+def _parameter_name(name: str) -> str:
+    """The parameter of the base model that an entry of the file holds."""
+    if name.endswith(_TOKENS):
+        return name
+    return re.sub(r"\.modules_to_save\.[^.]+(?=\.)|\.base_layer(?=\.bias$)", "", name)
+
+
+def _match_trained(
+    module: nnx.Module, parts: Sequence[TrainedPart], found: Mapping[str, TrainedArray], file: Path
+) -> dict[str, np.ndarray]:
+    """The array of each part by its path, from the file's; keys that are missing or left over are listed."""
+    expected = {
+        name_without_wrappers(_name_in_file(part, name)): name for part in parts for name in part.names
+    }
+    if any(part.is_tied and part.rows is None for part in parts):
+        expected[f"{HEAD}.weight"] = f"{HEAD}.weight"
+    if extra := [each.key for short, each in found.items() if short not in expected]:
+        raise ValueError(
+            f"{file} has {_listed(extra, 'key')} that the base model lacks or {CONFIG_FILE} does not name"
+        )
+    if missing := [PREFIX + name for short, name in expected.items() if short not in found]:
+        raise ValueError(f"{file} lacks {_listed(missing, 'key')} that {CONFIG_FILE} says are trained")
+    arrays, wrong = {}, []
+    for part in parts:
+        each = [found[name_without_wrappers(_name_in_file(part, name))] for name in part.names]
+        want = part_shape(module, part)
+        wrong += [
+            f"{one.key} is {list(one.array.shape)}, not {list(want)}"
+            for one in each
+            if one.array.shape != want
+        ]
+        if not wrong:
+            stacked = [one.array for one in each]
+            arrays[part.path] = stacked[0] if part.layers is None else np.stack(stacked)
+    if wrong:
+        raise ValueError(f"{file} does not fit the base model: {_listed(wrong, 'tensor')}")
+    return arrays
+
+
+def _name_in_file(part: TrainedPart, name: str) -> str:
+    return name if part.rows is None else name.removesuffix(".weight") + _TOKENS
+
+
+def _with_names_of(base: BaseModel, config: LoraConfig) -> LoraConfig:
+    """The config with entries of `modules_to_save` and token modules in the names of this library.
+
+    Full names of other versions of transformers match once what wraps a tower is left out.
+    """
+
+    def renamed(entry: str) -> list[str]:
+        if any(name.endswith(entry) for name in base.modules):
+            return [entry]
+        short = name_without_wrappers(entry)
+        return [name for name in base.modules if name_without_wrappers(name) == short] or [entry]
+
+    changes: dict[str, Any] = {}
+    if config.modules_to_save:
+        names = [name for entry in config.modules_to_save for name in renamed(entry)]
+        changes["modules_to_save"] = tuple(dict.fromkeys(names))
+    if isinstance(config.trainable_token_indices, Mapping):
+        changes["trainable_token_indices"] = {
+            name: rows for entry, rows in config.trainable_token_indices.items() for name in renamed(entry)
+        }
+    return replace(config, **changes)
+
+
+def _exported_modules_to_save(base: BaseModel, config: LoraConfig) -> list[str]:
+    """The entries, without wrappers where they match the same modules, so that every version knows them."""
+    entries = list(config.modules_to_save or ())
+    if config.ensure_weight_tying and base.has_tied_head and {EMBEDDING, HEAD} & set(entries):
+        entries = list(dict.fromkeys([*entries, EMBEDDING]))
+
+    def matched(entry: str) -> list[str]:
+        return [name for name in base.modules if name.endswith(entry)]
+
+    shortened = [name_without_wrappers(entry) for entry in entries]
+    return [
+        short if short and matched(short) == matched(entry) else entry
+        for entry, short in zip(entries, shortened, strict=True)
+    ]
+
+
 def _move_into_place(staged: Path, directory: Path) -> None:
     if not directory.exists():
         staged.rename(directory)
@@ -514,6 +666,8 @@ def _peft_targets(config: LoraConfig, name: str) -> bool:
         if re.fullmatch(exclude, name):
             return False
     elif any(matches_name(entry, name) for entry in exclude or ()):
+        return False
+    if saves_module(config.modules_to_save or (), name):
         return False
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None

@@ -112,7 +112,7 @@ def select(table: ModuleTable, config: LoraConfig) -> Selection:
     - a list: PEFT's suffix match, in any part, while the four flags are on; within the flags otherwise.
     - any other string: a regular expression matched in full; the flags are ignored.
 
-    `exclude_modules`, `layers_to_transform` and `finetune_last_n_layers` narrow each of these.
+    `exclude_modules`, `modules_to_save`, `layers_to_transform` and `finetune_last_n_layers` narrow each.
 
     Args:
         table: every linear module of the model.
@@ -137,6 +137,7 @@ def select(table: ModuleTable, config: LoraConfig) -> Selection:
     else:
         chosen = _select_list(table, targets, config)
     chosen = _exclude(table, chosen, config)
+    chosen = [spec for spec in chosen if not saves_module(config.modules_to_save or (), spec.name)]
     chosen = _restrict_layers(table, chosen, config)
     if not chosen:
         raise ValueError(
@@ -176,6 +177,11 @@ def _check_ranks(selection: Selection, config: LoraConfig) -> None:
 def matches_name(entry: str, name: str) -> bool:
     """PEFT's rule for an entry of a list: the whole name, or what follows a dot."""
     return name == entry or name.endswith(f".{entry}")
+
+
+def saves_module(entries: Iterable[str], name: str) -> bool:
+    """PEFT's rule for what `modules_to_save` keeps from being adapted: an entry is a part of the name."""
+    return any(re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in entries)
 
 
 def in_layers(
@@ -321,6 +327,7 @@ def _target_name(spec: LinearSpec) -> str:
 def _arguments_of_selection(config: LoraConfig) -> str:
     narrowing = [
         "exclude_modules",
+        "modules_to_save",
         "layers_to_transform",
         "layers_pattern",
         "finetune_last_n_layers",

@@ -5,8 +5,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from vlmlora.nn.trained import TRAINED
 from vlmlora.nn.variables import Frozen, abstract_array, parameter
-from vlmlora.quantization.weights import DenseWeight
+from vlmlora.quantization.weights import DenseWeight, Weight
 
 
 class Linear(nnx.Module):
@@ -56,4 +57,14 @@ class Embedding(nnx.Module):
 
     def __call__(self, input_ids: jax.Array) -> jax.Array:
         """Rows of the table: int [...] → [..., features]."""
+        if isinstance(self.weight, TRAINED):
+            return self.weight.take(input_ids)
         return self.weight.get_value()[input_ids]
+
+    def as_head(self) -> Weight:
+        """The table as the weight of a head that is tied to it."""
+        return (
+            self.weight.as_head()
+            if isinstance(self.weight, TRAINED)
+            else DenseWeight(self.weight.get_value())
+        )

@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import PRNGKeyArray, PyTree
 
 from vlmlora.nn.linear import Linear
+from vlmlora.nn.trained import TRAINED
 from vlmlora.quantization.weights import MixedWeight
 
 LAYER_INPUT = "layer_input"
@@ -64,9 +65,13 @@ def _is_mixed(leaf: Any) -> bool:
 
 
 def _expand_adapters(layers: nnx.Module) -> nnx.Module:
-    """A copy in which every adapter has parameters for every layer: zeros where it has none of its own."""
+    """A copy in which every adapter and trained parameter has an entry for every layer.
+
+    An adapter has zeros where it has no parameters of its own, a trained parameter the original.
+    """
     layers = nnx.merge(*nnx.split(layers))
-    for _, module in nnx.iter_modules(layers):
-        if isinstance(module, Linear) and module.adapter is not None:
-            module.adapter = module.adapter.expand(layers.stack)
+    for _, module in list(nnx.iter_modules(layers)):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, TRAINED) or (name == "adapter" and isinstance(module, Linear) and value):
+                setattr(module, name, value.expand(layers.stack))
     return layers

@@ -19,7 +19,7 @@ from vlmlora.nn.norm import RMSNorm
 from vlmlora.nn.rotary import Rotary, apply_rotary, axial_rotary, inverse_frequencies, multimodal_rotary
 from vlmlora.nn.stack import Remat, scan_layers
 from vlmlora.nn.variables import parameter
-from vlmlora.quantization.weights import DenseWeight
+from vlmlora.quantization.weights import DenseWeight, Weight
 
 
 class PatchEmbed(nnx.Module):
@@ -358,13 +358,14 @@ class Qwen2_5_VLForConditionalGeneration(nnx.Module):
         )
 
     @property
-    def head(self) -> Linear | DenseWeight:
+    def head(self) -> Linear | Weight:
         """What turns hidden states into logits: the head's layer, or the tied embedding as a weight."""
-        return self.lm_head or DenseWeight(self.model.language_model.embed_tokens.weight.get_value())
+        return self.lm_head or self.model.language_model.embed_tokens.as_head()
 
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
         """Logits of final hidden states."""
-        return hidden @ self.head if isinstance(self.head, DenseWeight) else self.head(hidden)
+        head = self.head
+        return head(hidden) if isinstance(head, Linear) else hidden @ head
 
     def init_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache for `batch` rows of `length` tokens, in the type of the embeddings."""
