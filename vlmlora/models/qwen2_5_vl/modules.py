@@ -4,12 +4,15 @@ Matches transformers' ``models/qwen2_5_vl/modeling_qwen2_5_vl.py``. Repeated lay
 arrays have a leading layer axis.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
-from transformers import Qwen2_5_VLConfig
+from transformers import PreTrainedConfig
 
 from vlmlora.nn.attention import attention
 from vlmlora.nn.cache import KVCache
@@ -25,9 +28,9 @@ from vlmlora.quantization.weights import DenseWeight, Weight
 class PatchEmbed(nnx.Module):
     """Linear embedding of flattened patches; its kernel is stored as the convolution that it is."""
 
-    def __init__(self, config, *, dtype: DTypeLike):
+    def __init__(self, config, width: int, *, dtype: DTypeLike):
         kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        self.proj = PatchConv(config.in_channels, config.hidden_size, kernel, dtype=dtype)
+        self.proj = PatchConv(config.in_channels, width, kernel, dtype=dtype)
 
     def __call__(
         self, pixel_values: Float[Array, "rows patches values"]
@@ -49,74 +52,53 @@ class PatchConv(nnx.Module):
 
 
 class VisionAttention(nnx.Module):
-    """Multi-head attention over an image, or over each of its windows."""
+    """Multi-head attention with rotary positions; the tower says which patches see each other."""
 
-    def __init__(self, config, *, dtype: DTypeLike, stack: int):
-        self.num_heads = config.num_heads
-        self.head_dim = config.hidden_size // config.num_heads
-        self.window = window_slots(config)
-        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=True, dtype=dtype, stack=stack)
-        self.proj = Linear(config.hidden_size, config.hidden_size, bias=True, dtype=dtype, stack=stack)
+    def __init__(self, width: int, num_heads: int, *, dtype: DTypeLike, stack: int):
+        self.num_heads = num_heads
+        self.head_dim = width // num_heads
+        self.qkv = Linear(width, 3 * width, bias=True, dtype=dtype, stack=stack)
+        self.proj = Linear(width, width, bias=True, dtype=dtype, stack=stack)
 
     def __call__(
         self,
         x: Float[Array, "rows patches hidden"],
         rotary: Rotary,
+        attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
         *,
-        segment_ids: Int[Array, "rows patches"] | None,
-        is_full: jax.Array | bool,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "rows patches hidden"]:
-        """Attend to the whole segment where `is_full`, else to the window that a patch stands in."""
+        """Project, ``attend(query, keys, values)``, each [rows, patches, heads, head_dim], and project."""
         qkv = self.qkv(x, key=key).reshape(*x.shape[:2], 3, self.num_heads, self.head_dim)
         query, keys, values = (qkv[:, :, i] for i in range(3))
         query, keys = apply_rotary(query, rotary), apply_rotary(keys, rotary)
-
-        def full(query, keys, values):
-            return attention(query, keys, values, segment_ids=segment_ids)
-
-        def windowed(query, keys, values):
-            blocks = [a.reshape(-1, self.window, *a.shape[2:]) for a in (query, keys, values)]
-            lengths = None
-            if segment_ids is not None:
-                filled = (segment_ids.reshape(-1, self.window) > 0).sum(-1)
-                # A key too many in an empty window keeps its softmax finite; nothing reads the result.
-                lengths = jnp.maximum(filled, 1).astype(jnp.int32)
-            return attention(*blocks, kv_lengths=lengths).reshape(query.shape)
-
-        if isinstance(is_full, bool):
-            out = (full if is_full else windowed)(query, keys, values)
-        else:
-            out = jax.lax.cond(is_full, full, windowed, query, keys, values)
-        return self.proj(out.reshape(x.shape), key=key)
+        return self.proj(attend(query, keys, values).reshape(x.shape), key=key)
 
 
 class VisionBlock(nnx.Module):
-    """Pre-norm transformer block of the vision tower."""
+    """Pre-norm transformer block of the vision tower, of norms and an MLP of any kind."""
 
-    def __init__(self, config, *, dtype: DTypeLike, stack: int):
+    def __init__(
+        self, norm1: nnx.Module, norm2: nnx.Module, attn: VisionAttention, mlp: nnx.Module, *, stack: int
+    ):
         self.stack = stack
-        shared = {"dtype": dtype, "stack": stack}
-        self.norm1 = RMSNorm(config.hidden_size, eps=1e-6, **shared)
-        self.norm2 = RMSNorm(config.hidden_size, eps=1e-6, **shared)
-        self.attn = VisionAttention(config, **shared)
-        self.mlp = GatedMLP(
-            config.hidden_size, config.intermediate_size, hidden_act=config.hidden_act, bias=True, **shared
-        )
+        self.norm1 = norm1
+        self.norm2 = norm2
+        self.attn = attn
+        self.mlp = mlp
 
-    def __call__(self, x, rotary: Rotary, *, segment_ids, is_full, key: PRNGKeyArray | None = None):
+    def __call__(self, x, rotary: Rotary, attend: Callable, *, key: PRNGKeyArray | None = None):
         """Attention and MLP, each with a residual connection."""
-        x = x + self.attn(self.norm1(x), rotary, segment_ids=segment_ids, is_full=is_full, key=key)
+        x = x + self.attn(self.norm1(x), rotary, attend, key=key)
         return x + self.mlp(self.norm2(x), key=key)
 
 
 class PatchMerger(nnx.Module):
     """Joins each square of neighbouring patches into one token of the language model."""
 
-    def __init__(self, config, *, dtype: DTypeLike):
-        width = config.hidden_size * config.spatial_merge_size**2
-        self.ln_q = RMSNorm(config.hidden_size, eps=1e-6, dtype=dtype)
-        self.mlp = MergerMLP(width, config.out_hidden_size, dtype=dtype)
+    def __init__(self, ln_q: nnx.Module, width: int, out_features: int, *, dtype: DTypeLike):
+        self.ln_q = ln_q
+        self.mlp = MergerMLP(width, out_features, dtype=dtype)
         self.width = width
 
     def __call__(self, x: Float[Array, "rows patches hidden"]) -> Float[Array, "rows tokens d_model"]:
@@ -138,17 +120,21 @@ class MergerMLP(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    """Vision transformer with windowed and full attention."""
+    """Vision transformer in which every patch sees all patches of its frame.
 
-    def __init__(self, config, *, dtype: DTypeLike):
-        self.window = window_slots(config)
-        self.is_full = tuple(i in config.fullatt_block_indexes for i in range(config.depth))
-        head_dim = config.hidden_size // config.num_heads
-        self.theta = _rope_theta(config, default=10000.0)
-        self.rotary_dim = head_dim // 2
-        self.patch_embed = PatchEmbed(config, dtype=dtype)
-        self.blocks = VisionBlock(config, dtype=dtype, stack=config.depth)
-        self.merger = PatchMerger(config, dtype=dtype)
+    Args:
+        patch_embed: patches → the tower's width.
+        blocks: the stacked layers.
+        merger: the tower's width → tokens of the language model.
+        theta: base of the rotary frequencies.
+    """
+
+    def __init__(self, patch_embed: PatchEmbed, blocks: VisionBlock, merger: PatchMerger, *, theta: float):
+        self.theta = theta
+        self.rotary_dim = blocks.attn.head_dim // 2
+        self.patch_embed = patch_embed
+        self.blocks = blocks
+        self.merger = merger
 
     def __call__(
         self,
@@ -159,15 +145,65 @@ class VisionTower(nnx.Module):
         remat: Remat | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "rows tokens d_model"]:
-        """Patches in window order → image tokens in the same order.
+        """Patches → image tokens in the same order.
 
         Args:
-            pixel_values: flattened patches; each attention window fills one aligned block of slots.
+            pixel_values: flattened patches; those of one token stand together.
             patch_positions: row and column of every patch.
             segment_ids: the frame that a patch belongs to, from 1; 0 marks an empty slot. None: every row is
                 one frame without an empty slot.
             remat: wraps the body of the layers' scan.
             key: for adapter dropout.
+        """
+        x = self.patch_embed(pixel_values)
+        rotary = axial_rotary(patch_positions, inverse_frequencies(self.rotary_dim, self.theta))
+
+        def call(block, x, flag, *, key):
+            attend = functools.partial(self.attend, segment_ids=segment_ids, flag=flag)
+            return block(x, rotary, attend, key=key), None
+
+        x, _ = scan_layers(self.blocks, x, call, per_layer=self.flags(), key=key, remat=remat)
+        return self.merger(x)
+
+    def flags(self) -> Array | None:
+        """What `attend` needs to know of each layer, with a leading layer axis."""
+        return None
+
+    def attend(
+        self, query: jax.Array, keys: jax.Array, values: jax.Array, *, segment_ids: jax.Array | None, flag
+    ) -> jax.Array:
+        """Attention among the patches of a segment."""
+        return attention(query, keys, values, segment_ids=segment_ids)
+
+
+class WindowedVisionTower(VisionTower):
+    """Vision transformer in some of whose layers a patch sees only its window of the frame.
+
+    Patches come in window order: each attention window fills one aligned block of slots.
+    """
+
+    def __init__(self, config, *, dtype: DTypeLike):
+        width, merge = config.hidden_size, config.spatial_merge_size**2
+        self.window = window_slots(config)
+        self.is_full = tuple(i in config.fullatt_block_indexes for i in range(config.depth))
+        shared = {"dtype": dtype, "stack": config.depth}
+        blocks = VisionBlock(
+            RMSNorm(width, eps=1e-6, **shared),
+            RMSNorm(width, eps=1e-6, **shared),
+            VisionAttention(width, config.num_heads, **shared),
+            GatedMLP(width, config.intermediate_size, hidden_act=config.hidden_act, bias=True, **shared),
+            stack=config.depth,
+        )
+        ln_q = RMSNorm(width, eps=1e-6, dtype=dtype)
+        super().__init__(
+            PatchEmbed(config, width, dtype=dtype),
+            blocks,
+            PatchMerger(ln_q, width * merge, config.out_hidden_size, dtype=dtype),
+            theta=rope_theta(config, default=10000.0),
+        )
+
+    def __call__(self, pixel_values: jax.Array, *args, **kwargs) -> jax.Array:
+        """As `VisionTower`, in window order.
 
         Raises:
             ValueError: the number of slots is no multiple of the window's.
@@ -177,17 +213,32 @@ class VisionTower(nnx.Module):
                 f"pixel_values has {pixel_values.shape[1]} patch slots a row, "
                 f"needed a multiple of the attention window's {self.window}"
             )
-        x = self.patch_embed(pixel_values)
-        rotary = axial_rotary(patch_positions, inverse_frequencies(self.rotary_dim, self.theta))
-        mixed = len(set(self.is_full)) > 1
+        return super().__call__(pixel_values, *args, **kwargs)
 
-        def call(block, x, is_full, *, key):
-            is_full = self.is_full[0] if is_full is None else is_full
-            return block(x, rotary, segment_ids=segment_ids, is_full=is_full, key=key), None
+    def flags(self) -> Array | None:
+        """Which layers attend to the whole frame, where they differ."""
+        return jnp.array(self.is_full) if len(set(self.is_full)) > 1 else None
 
-        flags = jnp.array(self.is_full) if mixed else None
-        x, _ = scan_layers(self.blocks, x, call, per_layer=flags, key=key, remat=remat)
-        return self.merger(x)
+    def attend(
+        self, query: jax.Array, keys: jax.Array, values: jax.Array, *, segment_ids: jax.Array | None, flag
+    ) -> jax.Array:
+        """Attention to the whole segment where `flag` says so, else to the window that a patch stands in."""
+
+        def full(query, keys, values):
+            return attention(query, keys, values, segment_ids=segment_ids)
+
+        def windowed(query, keys, values):
+            blocks = [a.reshape(-1, self.window, *a.shape[2:]) for a in (query, keys, values)]
+            lengths = None
+            if segment_ids is not None:
+                filled = (segment_ids.reshape(-1, self.window) > 0).sum(-1)
+                # A key too many in an empty window keeps its softmax finite; nothing reads the result.
+                lengths = jnp.maximum(filled, 1).astype(jnp.int32)
+            return attention(*blocks, kv_lengths=lengths).reshape(query.shape)
+
+        if flag is None:
+            return (full if self.is_full[0] else windowed)(query, keys, values)
+        return jax.lax.cond(flag, full, windowed, query, keys, values)
 
 
 class Attention(nnx.Module):
@@ -251,7 +302,7 @@ class TextModel(nnx.Module):
 
     def __init__(self, config, *, dtype: DTypeLike):
         self.mrope_section = tuple(config.rope_parameters["mrope_section"])
-        self.theta = _rope_theta(config, default=1_000_000.0)
+        self.theta = rope_theta(config, default=1_000_000.0)
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.num_key_value_heads = config.num_key_value_heads
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
@@ -283,12 +334,12 @@ class TextModel(nnx.Module):
         return self.norm(x), None if cache is None else cache.advance(*arrays, inputs_embeds.shape[1])
 
 
-class Qwen2_5_VLModel(nnx.Module):
+class VisionLanguageModel(nnx.Module):
     """Vision tower and decoder."""
 
-    def __init__(self, config: Qwen2_5_VLConfig, *, dtype: DTypeLike):
-        self.visual = VisionTower(config.vision_config, dtype=dtype)
-        self.language_model = TextModel(config.text_config, dtype=dtype)
+    def __init__(self, visual: VisionTower, language_model: TextModel):
+        self.visual = visual
+        self.language_model = language_model
 
 
 class Qwen2_5_VLForConditionalGeneration(nnx.Module):
@@ -303,10 +354,13 @@ class Qwen2_5_VLForConditionalGeneration(nnx.Module):
             rotary positions).
     """
 
-    def __init__(self, config: Qwen2_5_VLConfig, *, dtype: DTypeLike):
+    tower: type[VisionTower] = WindowedVisionTower
+
+    def __init__(self, config: PreTrainedConfig, *, dtype: DTypeLike):
         _check_config(config)
         text = config.text_config
-        self.model = Qwen2_5_VLModel(config, dtype=dtype)
+        visual = self.tower(config.vision_config, dtype=dtype)
+        self.model = VisionLanguageModel(visual, TextModel(text, dtype=dtype))
         tied = config.tie_word_embeddings
         self.lm_head = nnx.data(
             None if tied else Linear(text.hidden_size, text.vocab_size, bias=False, dtype=dtype)
@@ -382,12 +436,13 @@ def window_slots(config) -> int:
     return (config.window_size // config.patch_size // merge) ** 2 * merge**2
 
 
-def _rope_theta(config, *, default: float) -> float:
+def rope_theta(config, *, default: float) -> float:
+    """Base of the rotary frequencies of a part's config."""
     parameters = getattr(config, "rope_parameters", None) or {}
     return float(parameters.get("rope_theta", default))
 
 
-def _check_config(config: Qwen2_5_VLConfig) -> None:
+def _check_config(config: PreTrainedConfig) -> None:
     text = config.text_config
     rope_type = text.rope_parameters.get("rope_type", "default")
     if rope_type != "default":

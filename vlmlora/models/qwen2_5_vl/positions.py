@@ -124,6 +124,30 @@ class VisionLayout:
         return self.image_segment_ids.shape[0]
 
 
+def token_grid(t: int, h: int, w: int, merge: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Frame, row and column of every merged token of an image or video, in the image processor's order.
+
+    Args:
+        t, h, w: its grid, in patches.
+        merge: patches of a merged token's side.
+
+    Raises:
+        ValueError: a side is no multiple of `merge`.
+    """
+    if h % merge or w % merge:
+        raise ValueError(f"grid {(t, h, w)}: height and width must be multiples of merge={merge}")
+    axes = map(np.arange, (t, h // merge, w // merge))
+    frame, row, column = (axis.ravel() for axis in np.meshgrid(*axes, indexing="ij"))
+    return frame, row, column
+
+
+def patch_coordinates(row: np.ndarray, column: np.ndarray, merge: int) -> Int[np.ndarray, "patches 2"]:
+    """Row and column of the patches of merged tokens at `row` and `column`, those of one token together."""
+    inner = np.stack(np.divmod(np.arange(merge * merge), merge), -1)[None]
+    corner = np.stack([row, column], -1)[:, None] * merge
+    return (corner + inner).reshape(-1, 2)
+
+
 def vision_layout(
     grid_thw: Integer[np.ndarray, "images 3"] | Sequence[Sequence[int]],
     patch_size: int = 14,
@@ -154,20 +178,14 @@ def vision_layout(
     token_slots, coordinates, frames = [], [], []
     num_windows = num_frames = 0
     for t, h, w in np.asarray(grid_thw).reshape(-1, 3).tolist():
-        if h % merge or w % merge:
-            raise ValueError(f"grid {(t, h, w)}: height and width must be multiples of merge={merge}")
+        frame, row, column = token_grid(t, h, w, merge)
         rows, columns = h // merge, w // merge
-        frame, row, column = (
-            axis.ravel() for axis in np.meshgrid(*map(np.arange, (t, rows, columns)), indexing="ij")
-        )
         windows_down, windows_across = -(-rows // side), -(-columns // side)
         window = (frame * windows_down + row // side) * windows_across + column // side
         window_width = np.minimum(side, columns - column // side * side)
         rank = row % side * window_width + column % side
         token_slots.append((num_windows + window) * side * side + rank)
-        inner = np.stack(np.divmod(np.arange(group), merge), -1)[None]
-        corner = np.stack([row, column], -1)[:, None] * merge
-        coordinates.append((corner + inner).reshape(-1, 2))
+        coordinates.append(patch_coordinates(row, column, merge))
         frames.append(np.repeat(num_frames + 1 + frame, group))
         num_windows += t * windows_down * windows_across
         num_frames += t

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int, Integer
+from jaxtyping import Float32, Int, Int32, Integer
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -64,7 +64,10 @@ class Qwen2_5_VLProcessor:
         video_size: bounds of the pixels of a video frame, ``shortest_edge`` and ``longest_edge`` as there.
         chat_template: the Jinja template that turns messages into text.
         placeholders: the tokens that stand for an image and a video.
+        processor_class: name of transformers' class, for the files that it reads.
     """
+
+    processor_class = "Qwen2_5_VLProcessor"
 
     def __init__(
         self,
@@ -97,8 +100,7 @@ class Qwen2_5_VLProcessor:
             merge_size=vision.spatial_merge_size,
             **{key: self._video_config[key] for key in _FRAME_SETTINGS if key in self._video_config},
         )
-        self._window_size = vision.window_size
-        self._tokens_per_second = vision.tokens_per_second
+        self._vision = vision
         self.placeholders = {
             "image": getattr(tokenizer, "image_token", "<|image_pad|>"),
             "video": getattr(tokenizer, "video_token", "<|video_pad|>"),
@@ -229,23 +231,42 @@ class Qwen2_5_VLProcessor:
         }
         if images:
             out["pixel_values"] = np.concatenate([image.pixel_values for image in images])
-            out["image_grid_thw"] = _grids(images)
+            out["image_grid_thw"] = grids(images)
         if videos:
             out["pixel_values_videos"] = np.concatenate([video.pixel_values for video in videos])
-            out["video_grid_thw"] = _grids(videos)
+            out["video_grid_thw"] = grids(videos)
             out["second_per_grid_ts"] = np.array([video.second_per_grid_t for video in videos], np.float32)
         return out
 
     def layout(self, item: VisionInput) -> VisionLayout:
         """Window order of the patches of an image or video."""
-        processor = self.image_processor
-        return vision_layout([item.grid_thw], processor.patch_size, self._window_size, processor.merge_size)
+        vision, merge = self._vision, self.image_processor.merge_size
+        return vision_layout([item.grid_thw], vision.patch_size, vision.window_size, merge)
+
+    def position_ids(
+        self,
+        mm_token_type_ids: Integer[np.ndarray, "batch tokens"],
+        attention_mask: np.ndarray,
+        images: Sequence[VisionInput],
+        videos: Sequence[VisionInput],
+    ) -> Int32[np.ndarray, "3 batch tokens"]:
+        """Temporal, height and width position of every token."""
+        positions, _ = mrope_position_ids(
+            mm_token_type_ids,
+            attention_mask=attention_mask,
+            image_grid_thw=grids(images),
+            video_grid_thw=grids(videos),
+            second_per_grid_ts=np.array([video.second_per_grid_t for video in videos], np.float32),
+            spatial_merge_size=self.image_processor.merge_size,
+            tokens_per_second=self._vision.tokens_per_second,
+        )
+        return positions
 
     @property
     def patch_multiple(self) -> int:
         """Slots of an attention window: a row of patches holds a whole multiple."""
-        processor = self.image_processor
-        return (self._window_size // processor.patch_size // processor.merge_size * processor.merge_size) ** 2
+        side = self._vision.window_size // self._vision.patch_size // self.image_processor.merge_size
+        return (side * self.image_processor.merge_size) ** 2
 
     def num_patches(self, item: VisionInput) -> int:
         """Patch slots that an image or video takes, those that windows at its edge leave empty included."""
@@ -284,24 +305,14 @@ class Qwen2_5_VLProcessor:
         types = np.where(attention_mask > 0, self.mm_token_type_ids(input_ids), 0)
         all_images = [image for row in images for image in row]
         all_videos = [video for row in videos for video in row]
-        positions, _ = mrope_position_ids(
-            types,
-            attention_mask=attention_mask > 0,
-            image_grid_thw=_grids(all_images),
-            video_grid_thw=_grids(all_videos),
-            second_per_grid_ts=np.array([video.second_per_grid_t for video in all_videos], np.float32),
-            spatial_merge_size=self.image_processor.merge_size,
-            tokens_per_second=self._tokens_per_second,
-        )
+        positions = self.position_ids(types, attention_mask > 0, all_images, all_videos)
         count = len(all_images) + len(all_videos)
         if count > image_rows:
             raise ValueError(f"the batch holds {count} images and videos, its budget {image_rows}")
         if image_rows == 0:
             return {"position_ids": positions}
         if patches % self.patch_multiple:
-            raise ValueError(
-                f"patches={patches} is no multiple of the attention window's {self.patch_multiple}"
-            )
+            raise ValueError(f"patches={patches} is no multiple of {self.patch_multiple}, which go together")
         processor = self.image_processor
         features = 3 * processor.temporal_patch_size * processor.patch_size**2
         pixel_values = np.zeros((image_rows, patches, features), np.float32)
@@ -349,7 +360,7 @@ class Qwen2_5_VLProcessor:
             "video_processor_type": "Qwen2VLVideoProcessor",
         }
         video = {key: value for key, value in video.items() if value is not None}
-        name = "Qwen2_5_VLProcessor"
+        name = self.processor_class
         _write_json(
             directory / "processor_config.json",
             {"processor_class": name, "image_processor": image, "video_processor": video},
@@ -359,12 +370,17 @@ class Qwen2_5_VLProcessor:
         _write_json(directory / "video_preprocessor_config.json", {"processor_class": name, **video})
 
 
-def load_processor(directory: str | Path, config: PreTrainedConfig) -> Qwen2_5_VLProcessor:
+def load_processor(
+    directory: str | Path,
+    config: PreTrainedConfig,
+    processor_class: type[Qwen2_5_VLProcessor] = Qwen2_5_VLProcessor,
+) -> Qwen2_5_VLProcessor:
     """The processor of a Hugging Face directory, written by transformers 4 or 5.
 
     Args:
         directory: holds the tokenizer's files and `processor_config.json` or `preprocessor_config.json`.
         config: the model's config.
+        processor_class: what to make.
 
     Raises:
         FileNotFoundError: the directory lacks one of them.
@@ -382,7 +398,7 @@ def load_processor(directory: str | Path, config: PreTrainedConfig) -> Qwen2_5_V
     # A size of its own, because transformers 5.17 writes min_pixels and max_pixels into the class's dict.
     size = _edges(image, Qwen2VLImageProcessorPil.size)
     image = {key: value for key, value in image.items() if key not in ("min_pixels", "max_pixels")}
-    return Qwen2_5_VLProcessor(
+    return processor_class(
         AutoTokenizer.from_pretrained(directory),
         Qwen2VLImageProcessorPil.from_dict({**image, "size": size}),
         config,
@@ -400,7 +416,8 @@ def _edges(config: dict[str, Any], default: dict[str, int]) -> dict[str, int]:
     return {key: size[key] for key in ("shortest_edge", "longest_edge")}
 
 
-def _grids(items: Sequence[VisionInput]) -> np.ndarray:
+def grids(items: Sequence[VisionInput]) -> np.ndarray:
+    """The grids of images or videos, int64 [items, 3]."""
     return np.array([item.grid_thw for item in items], np.int64).reshape(-1, 3)
 
 
