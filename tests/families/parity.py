@@ -34,6 +34,11 @@ SAME = 1e-5
 _QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
+POLICIES = (False, "unsloth", "attention+mlp")
+"""Kinds of gradient checkpointing compared on one case of a family: none, layer inputs in host memory, values
+by name. All other cases run True, which saves the layer inputs."""
+
+
 def quickly(function):
     """Compile for one run on tiny shapes: without the passes that make code faster and change no result.
 

@@ -14,6 +14,7 @@ from tests.families.description import descriptions
 from tests.families.parity import (
     LOGITS,
     LOSS,
+    POLICIES,
     SAME,
     adapt_with_peft,
     assert_gradients,
@@ -33,7 +34,6 @@ from vlmlora.models.registry import supported_model_types
 from vlmlora.nn.variables import Trainable
 from vlmlora.training import remat
 from vlmlora.training.loss import make_loss_fn
-from vlmlora.training.remat import POLICIES
 
 
 def test_every_family_is_described():
@@ -42,7 +42,7 @@ def test_every_family_is_described():
 
 
 def test_peft_adapter_gives_transformers_logits_loss_and_gradients(family_case, tmp_path, monkeypatch):
-    """A checkpoint of transformers and an adapter of PEFT, loaded here. On the first case by each policy."""
+    """A checkpoint of transformers and an adapter of PEFT, loaded here; the first by several policies."""
     family, name = family_case
     case = family.cases[name]
     model = family.random_model(case.config)

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import PreTrainedConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.vision_utils import get_vision_position_ids
 
 from tests.families import description
 from vlmlora.models.qwen2_5_vl.positions import IMAGE, VIDEO, mrope_position_ids, vision_layout
@@ -80,8 +81,12 @@ class Case:
     rows: Sequence[Sequence[int | Visual]]
 
 
-def batches(case: Case, config: Qwen2_5_VLConfig, seed: int = 0) -> tuple[dict, dict, np.ndarray]:
-    """The same right-padded batch as transformers' inputs and as this library's, and where tokens are."""
+def batches(case: Case, config: PreTrainedConfig, seed: int = 0) -> tuple[dict, dict, np.ndarray]:
+    """The same right-padded batch as transformers' inputs and as this library's, and where tokens are.
+
+    For Qwen2-VL too, which knows neither windows nor seconds: its patches stay in the processor's order.
+    """
+    has_windows = hasattr(config.vision_config, "window_size")
     rng = np.random.default_rng(seed)
     merge = config.vision_config.spatial_merge_size
     rows, visuals = [], []
@@ -117,9 +122,9 @@ def batches(case: Case, config: Qwen2_5_VLConfig, seed: int = 0) -> tuple[dict, 
         attention_mask=mask,
         image_grid_thw=np.array(grids[False]) if grids[False] else None,
         video_grid_thw=np.array(grids[True]) if grids[True] else None,
-        second_per_grid_ts=seconds or None,
+        second_per_grid_ts=(seconds or None) if has_windows else None,
         spatial_merge_size=merge,
-        tokens_per_second=config.vision_config.tokens_per_second,
+        tokens_per_second=config.vision_config.tokens_per_second if has_windows else 1,
     )
 
     theirs = {
@@ -137,8 +142,9 @@ def batches(case: Case, config: Qwen2_5_VLConfig, seed: int = 0) -> tuple[dict, 
         theirs |= {
             "pixel_values_videos": torch.tensor(np.concatenate(values[True])),
             "video_grid_thw": torch.tensor(grids[True]),
-            "second_per_grid_ts": torch.tensor(seconds),
         }
+        if has_windows:
+            theirs["second_per_grid_ts"] = torch.tensor(seconds)
 
     ours = {
         "input_ids": input_ids.astype(np.int32),
@@ -147,21 +153,33 @@ def batches(case: Case, config: Qwen2_5_VLConfig, seed: int = 0) -> tuple[dict, 
         "labels": labels.astype(np.int32),
     }
     if visuals:
-        vision = config.vision_config
-        layouts = [
-            vision_layout([[v.t, v.h, v.w]], vision.patch_size, vision.window_size, merge)
-            for *_, v in visuals
-        ]
-        slots = max(layout.num_slots for layout in layouts)
+        grid_slots = _window_order if has_windows else _plain_order
+        layouts = [grid_slots(config.vision_config, v) for *_, v in visuals]
+        slots = max(len(segments) for *_, segments in layouts)
         ours["pixel_values"] = np.zeros((len(visuals), slots, patch), np.float32)
         ours["patch_positions"] = np.zeros((len(visuals), slots, 2), np.int32)
         ours["image_segment_ids"] = np.zeros((len(visuals), slots), np.int32)
         ours["image_token_index"] = np.full(input_ids.shape, -1, np.int32)
         for number, ((row, start, tokens, _), layout) in enumerate(zip(visuals, layouts, strict=True)):
-            ours["pixel_values"][number, layout.patch_slots] = pixels[number]
-            ours["patch_positions"][number, : layout.num_slots] = layout.patch_positions
-            ours["image_segment_ids"][number, : layout.num_slots] = layout.image_segment_ids
+            slots_of_patches, slots_of_tokens, positions, segments = layout
+            ours["pixel_values"][number, slots_of_patches] = pixels[number]
+            ours["patch_positions"][number, : len(positions)] = positions
+            ours["image_segment_ids"][number, : len(segments)] = segments
             ours["image_token_index"][row, start : start + tokens] = (
-                number * slots // merge**2 + layout.token_slots
+                number * slots // merge**2 + slots_of_tokens
             )
     return theirs, ours, mask == 1
+
+
+def _window_order(vision: PreTrainedConfig, visual: Visual) -> tuple[np.ndarray, ...]:
+    merge = vision.spatial_merge_size
+    grid = [[visual.t, visual.h, visual.w]]
+    layout = vision_layout(grid, vision.patch_size, vision.window_size, merge)
+    return layout.patch_slots, layout.token_slots, layout.patch_positions, layout.image_segment_ids
+
+
+def _plain_order(vision: PreTrainedConfig, visual: Visual) -> tuple[np.ndarray, ...]:
+    merge, grid = vision.spatial_merge_size, torch.tensor([[visual.t, visual.h, visual.w]])
+    positions = get_vision_position_ids(grid, merge).numpy()
+    frame = np.repeat(np.arange(visual.t) + 1, visual.h * visual.w)
+    return np.arange(len(frame)), np.arange(len(frame) // merge**2), positions, frame

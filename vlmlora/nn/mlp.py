@@ -48,6 +48,29 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     return ACTIVATIONS[name]
 
 
+class MLP(nnx.Module):
+    """``fc2(act(fc1(x)))``."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        hidden_act: str,
+        dtype: DTypeLike,
+        stack: int | None = None,
+    ):
+        self.fc1 = Linear(hidden_size, intermediate_size, bias=True, dtype=dtype, stack=stack)
+        self.fc2 = Linear(intermediate_size, hidden_size, bias=True, dtype=dtype, stack=stack)
+        self.act = activation(hidden_act)
+
+    def __call__(
+        self, x: Float[Array, "*batch hidden"], *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*batch hidden"]:
+        """Apply the block; `key` drives adapter dropout."""
+        return self.fc2(self.act(checkpoint_name(self.fc1(x, key=key), MLP_HIDDEN)), key=key)
+
+
 class GatedMLP(nnx.Module):
     """``down(act(gate(x)) * up(x))`` (SwiGLU with silu, https://arxiv.org/abs/2002.05202)."""
 

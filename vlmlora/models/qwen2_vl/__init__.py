@@ -1,0 +1,31 @@
+"""Qwen2-VL (https://arxiv.org/abs/2409.12191).
+
+The decoder, the multimodal positions and the image processing are those of Qwen2.5-VL, which came of it.
+"""
+
+from transformers import Qwen2VLConfig
+
+from vlmlora.models.qwen2_vl.modules import Qwen2VLForConditionalGeneration
+from vlmlora.models.qwen2_vl.processing import load_processor
+from vlmlora.models.registry import Family, register
+
+register(
+    Family(
+        model_type="qwen2_vl",
+        config_class=Qwen2VLConfig,
+        model=Qwen2VLForConditionalGeneration,
+        parts=(
+            ("model.visual.blocks", "vision"),
+            ("model.visual.merger", "projector"),
+            ("model.language_model", "language"),
+            ("lm_head", "head"),
+        ),
+        roles=(("self_attn", "attention"), ("attn", "attention"), ("mlp", "mlp")),
+        key_renames=(
+            (r"^visual\.", "model.visual."),
+            (r"^model\.(?!visual\.|language_model\.)", "model.language_model."),
+        ),
+        ignored_keys=(r"\.inv_freq$",),
+        processor=load_processor,
+    )
+)
