@@ -28,9 +28,7 @@ from vlmlora.training.loss import make_loss_fn
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def base(request, tmp_path_factory):
     """One random model, in transformers and here, and one batch with an image and without."""
-    config = tiny_config(
-        text={"tie_word_embed_toknsings": request.param}, tie_word_embed_toknsings=request.param
-    )
+    config = tiny_config(text={"tie_word_embeddings": request.param}, tie_word_embeddings=request.param)
     directory = tmp_path_factory.mktemp("base")
     torch_model = random_torch_model(config)
     torch_model.save_pretrained(directory)
@@ -71,9 +69,7 @@ def load_in_peft(torch_model, directory):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.simplefilter("ignore", FutureWarning)
-        warnings.filterwarnings(
-            "ignore", message="Model has `tie_word_embed_toknsings=True` and a tied layer"
-        )
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True` and a tied layer")
         return peft.PeftModel.from_pretrained(copy.deepcopy(torch_model), directory, is_trainable=True)
 
 
@@ -81,7 +77,7 @@ EVERYTHING = {"bias": "all", "modules_to_save": ["merger", "norm", "lm_head", "l
 CASES = {
     "biases of adapted layers": {"bias": "lora_only", "layers_to_transform": [1]},
     "every bias, modules and a layer": EVERYTHING,
-    "head and embed_toknsing": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "head and embedding": {"modules_to_save": ["embed_tokens", "lm_head"]},
     "one copy of both": {"modules_to_save": ["lm_head"], "ensure_weight_tying": True},
     "rows": {"trainable_token_indices": [200, 3, 77], "modules_to_save": ["visual"]},
 }
@@ -100,7 +96,7 @@ def test_peft_trains_saves_and_computes_the_same(base, tmp_path, arguments):
 
     loaded = load_in_peft(torch_model, tmp_path / "ours")
     assert count == sum(p.numel() for p in loaded.parameters() if p.requires_grad)
-    loaded.save_pretrained(tmp_path / "theirs", save_embed_toknsing_layers=False)
+    loaded.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
     keys = [set(load_file(tmp_path / d / "adapter_model.safetensors")) for d in ("ours", "theirs")]
     # PEFT also saves the untrained original of a bias that `modules_to_save` copies.
     assert keys[0] == {k for k in keys[1] if "original_module" not in k and "modules_to_save" not in k}
@@ -146,7 +142,7 @@ def test_gradients_equal_pefts(base, tmp_path):
     remove_adapters(module)
     for parameter in loaded.parameters():
         parameter.data = parameter.data if parameter.grad is None else parameter.grad
-    loaded.save_pretrained(tmp_path / "theirs", save_embed_toknsing_layers=False)
+    loaded.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
     found, wanted = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("ours", "theirs"))
     for key, gradient in found.items():
         scale = np.abs(wanted[key]).max()
