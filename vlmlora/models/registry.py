@@ -31,6 +31,8 @@ class Family:
         batch_shapes: ``batch_shapes(config, rows, tokens, image_size)`` gives the shapes of a training batch
             in which every row holds one image of `image_size` (height, width), or none where that is None.
             Memory is planned with it.
+        tensor_cuts: end of a linear module's path → ``rows`` or ``columns``: how several devices share it,
+            where its name alone does not say (`vlmlora.distributed`).
     """
 
     model_type: str
@@ -42,6 +44,7 @@ class Family:
     ignored_keys: tuple[str, ...]
     processor: Callable[..., Any]
     batch_shapes: Callable[..., dict[str, jax.ShapeDtypeStruct]] | None = None
+    tensor_cuts: tuple[tuple[str, str], ...] = ()
 
 
 _FAMILIES: dict[str, Family] = {}

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlmlora.nn.trained import TRAINED
 from vlmlora.nn.variables import Frozen, abstract_array, parameter
+from vlmlora.quantization.sharded import ShardedTable
 from vlmlora.quantization.weights import DenseWeight, Weight
 
 
@@ -50,21 +51,28 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Token embedding table."""
+    """Token embedding table.
+
+    Attributes:
+        weight: [num_embeddings, features].
+        mesh: the devices over which it is cut; None on a single one.
+    """
 
     def __init__(self, num_embeddings: int, features: int, *, dtype: DTypeLike):
         self.weight = parameter((num_embeddings, features), dtype, stack=None, init="normal")
+        self.mesh = None
 
     def __call__(self, input_ids: jax.Array) -> jax.Array:
         """Rows of the table: int [...] → [..., features]."""
         if isinstance(self.weight, TRAINED):
             return self.weight.take(input_ids)
+        if self.mesh is not None:
+            return ShardedTable.of(self.weight.get_value(), self.mesh).rows(input_ids)
         return self.weight.get_value()[input_ids]
 
     def as_head(self) -> Weight:
         """The table as the weight of a head that is tied to it."""
-        return (
-            self.weight.as_head()
-            if isinstance(self.weight, TRAINED)
-            else DenseWeight(self.weight.get_value())
-        )
+        if isinstance(self.weight, TRAINED):
+            return self.weight.as_head()
+        table = self.weight.get_value()
+        return DenseWeight(table) if self.mesh is None else ShardedTable.of(table, self.mesh).as_weight()

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
+from vlmlora.distributed import TENSOR, constrain_batch, gather_trainable
 from vlmlora.nn.batch import model_inputs
 from vlmlora.training.remat import GradientCheckpointing, remat_policy
 
@@ -25,6 +26,7 @@ def cross_entropy(
     labels: Int[Array, "rows tokens"],
     *,
     chunk_size: int = CHUNK_SIZE,
+    is_vocab_cut: bool = False,
 ) -> Float[Array, ""]:
     """Sum of the negative log-likelihoods of `labels`, computed where there are labels only.
 
@@ -40,6 +42,7 @@ def cross_entropy(
         labels: target of each token; `IGNORE_INDEX` adds nothing.
         chunk_size: tokens a chunk, over all rows; bounds the memory at ``chunk_size * vocab`` float32 values,
             several times.
+        is_vocab_cut: whether devices hold a part of the vocabulary each; a look-up would gather the logits.
     """
     rows, tokens = labels.shape
     kept = labels != IGNORE_INDEX
@@ -58,7 +61,11 @@ def cross_entropy(
     def chunk_sum(hidden: jax.Array, labels: jax.Array) -> jax.Array:
         scores = logits(hidden).astype(jnp.float32)
         kept = labels != IGNORE_INDEX
-        target = jnp.take_along_axis(scores, jnp.where(kept, labels, 0)[..., None], axis=-1)[..., 0]
+        index = jnp.where(kept, labels, 0)[..., None]
+        if is_vocab_cut:
+            target = jnp.sum(jnp.where(jnp.arange(scores.shape[-1]) == index, scores, 0.0), axis=-1)
+        else:
+            target = jnp.take_along_axis(scores, index, axis=-1)[..., 0]
         return jnp.sum(jnp.where(kept, jax.nn.logsumexp(scores, axis=-1) - target, 0.0))
 
     def add(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
@@ -102,7 +109,10 @@ def make_loss_fn(
     Returns:
         A pure function. `batch` is a dict of the model's inputs and ``labels`` [batch, tokens], where
         ``labels[t]`` is the token at t or `IGNORE_INDEX`; the loss is the mean over labelled tokens, float32.
-        `key` drives adapter dropout and may be left out.
+        `key` drives adapter dropout and may be left out. On a mesh the rows of the batch are cut.
+
+    Raises:
+        ValueError: when the loss is traced on a mesh among whose devices the batch's rows do not divide.
     """
     remat = remat_policy(gradient_checkpointing)
 
@@ -110,9 +120,14 @@ def make_loss_fn(
         adapters: PyTree, frozen: PyTree, batch: Mapping[str, jax.Array], key: PRNGKeyArray | None = None
     ) -> Float[Array, ""]:
         model = nnx.merge(graphdef, adapters, frozen)
+        mesh = getattr(model, "mesh", None)
+        if mesh is not None:
+            batch = constrain_batch(batch, mesh)
+            gather_trainable(model, mesh)
         hidden, _ = model(**model_inputs(batch), remat=remat, key=key)
         labels = next_token_labels(batch["labels"], batch.get("segment_ids"))
-        total = cross_entropy(hidden, model.logits, labels, chunk_size=chunk_size)
+        is_vocab_cut = mesh is not None and mesh.shape[TENSOR] > 1
+        total = cross_entropy(hidden, model.logits, labels, chunk_size=chunk_size, is_vocab_cut=is_vocab_cut)
         return total / jnp.maximum(jnp.sum(labels != IGNORE_INDEX), 1)
 
     return loss_fn

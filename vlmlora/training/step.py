@@ -3,12 +3,15 @@
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, PRNGKeyArray, PyTree
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import PRNGKeyArray, PyTree
 
+from vlmlora.distributed import mesh_of, place_batch, replicate_unplaced
 from vlmlora.training.loss import LossFn
 
 
@@ -22,12 +25,12 @@ class TrainState:
     Attributes:
         adapters: trainable parameters.
         opt_state: the optimizer's state for them.
-        step: steps taken.
+        step: steps taken, int32 [] (or what stands for it while JAX handles the tree).
     """
 
     adapters: PyTree
     opt_state: PyTree
-    step: Int[Array, ""]
+    step: PyTree
 
 
 Metrics = dict[str, jax.Array]
@@ -37,10 +40,15 @@ TrainStep = Callable[..., tuple[TrainState, Metrics]]
 def init_train_state(adapters: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step.
 
-    `adapters` is copied: the step donates its state, and the model keeps its own arrays.
+    `adapters` is copied: the step donates its state, and the model keeps its own arrays. On a mesh, the
+    optimizer's moments are cut as the parameters are.
     """
     adapters = jax.tree.map(jnp.copy, adapters)
-    return TrainState(adapters, optimizer.init(adapters), jnp.int32(0))
+    opt_state, step = optimizer.init(adapters), jnp.int32(0)
+    if (mesh := mesh_of(adapters)) is not None:
+        # Moments lie where their parameters do; counters have no place yet.
+        opt_state, step = replicate_unplaced((opt_state, step), mesh)
+    return TrainState(adapters, opt_state, step)
 
 
 def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation) -> TrainStep:
@@ -52,10 +60,13 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation) ->
 
     Returns:
         The step. Its metrics are ``loss`` (before the update) and ``grad_norm``, float32 scalars on the
-        device. `key` drives adapter dropout; each step folds its number in.
+        device. `key` drives adapter dropout; each step folds its number in. If the state lies on a mesh, the
+        rows of a batch of host arrays are put on its devices, and the new state lies as the old one.
+
+    Raises:
+        ValueError: when the step is called on a mesh with a batch whose rows do not divide among its devices.
     """
 
-    @functools.partial(jax.jit, donate_argnums=0)
     def step(
         state: TrainState, frozen: PyTree, batch: Mapping[str, jax.Array], key: PRNGKeyArray | None = None
     ) -> tuple[TrainState, Metrics]:
@@ -66,4 +77,39 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation) ->
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         return TrainState(adapters, opt_state, state.step + 1), metrics
 
-    return step
+    return _Step(step)
+
+
+class _Step:
+    """A step, compiled once for a device and once for each way in which a state lies on a mesh."""
+
+    def __init__(self, step: TrainStep):
+        self._step = step
+        self._on_device = jax.jit(step, donate_argnums=0)
+        self._on_mesh = functools.cache(self._jit_on_mesh)
+
+    def __call__(
+        self, state: TrainState, frozen: PyTree, batch: Mapping[str, Any], key: PRNGKeyArray | None = None
+    ) -> tuple[TrainState, Metrics]:
+        """The new state and the metrics."""
+        jitted, batch = self._prepare(state, batch)
+        return jitted(state, frozen, batch, key)
+
+    def lower(
+        self, state: TrainState, frozen: PyTree, batch: Mapping[str, Any], key: PRNGKeyArray | None = None
+    ) -> jax.stages.Lowered:
+        """The step's program for these arguments, as ``jax.jit(...).lower``."""
+        jitted, batch = self._prepare(state, batch)
+        return jitted.lower(state, frozen, batch, key)
+
+    def _prepare(self, state: TrainState, batch: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+        mesh = mesh_of(state)
+        if mesh is None:
+            return self._on_device, batch
+        leaves, structure = jax.tree.flatten(jax.tree.map(lambda leaf: leaf.sharding, state))
+        return self._on_mesh(tuple(leaves), structure), place_batch(batch, mesh)
+
+    def _jit_on_mesh(self, leaves: tuple[NamedSharding, ...], structure: Any) -> Any:
+        replicated = NamedSharding(leaves[0].mesh, PartitionSpec())
+        out_shardings = (jax.tree.unflatten(structure, leaves), replicated)
+        return jax.jit(self._step, donate_argnums=0, out_shardings=out_shardings)

@@ -36,5 +36,6 @@ register(
         ignored_keys=(r"\.inv_freq$",),
         processor=_load_processor,
         batch_shapes=batch_shapes,
+        tensor_cuts=(("merger.mlp.0", "rows"), ("merger.mlp.2", "columns")),
     )
 )

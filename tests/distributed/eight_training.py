@@ -1,0 +1,136 @@
+"""Loss, gradients and a step on eight devices against those of one, and what the devices tell each other."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from tests.models.qwen2_5_vl_cases import Case, Visual, batches, tiny_config
+from vlmlora.distributed import make_mesh, shard_model
+from vlmlora.lora.apply import add_adapters
+from vlmlora.lora.config import LoraConfig
+from vlmlora.lora.selection import select
+from vlmlora.models.init import init_parameters
+from vlmlora.models.module_table import linear_modules, module_table
+from vlmlora.models.registry import family_of
+from vlmlora.nn.variables import Trainable
+from vlmlora.quantization.stacks import stack_weights
+from vlmlora.quantization.weights import DenseWeight, INT8Weight, NF4Weight
+from vlmlora.training import remat
+from vlmlora.training.loss import make_loss_fn
+from vlmlora.training.step import init_train_state, make_train_step
+
+# Untied, so that there is a head to cut; every width of an MLP leaves blocks that straddle the cut.
+CONFIG = tiny_config(text={"vocab_size": 256}, tie_word_embeddings=False)
+FAMILY = family_of(CONFIG)
+BATCH = batches(Case([[2, Visual(1, 4, 4), 3]] * 7 + [[9, Visual(1, 4, 4)]]), CONFIG)[1]
+LORA = LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, finetune_projector=True)
+MESHES = {
+    "data": {"data": 8, "fsdp": 1},
+    "fsdp": {"fsdp": 8},
+    "tensor": {"fsdp": 4, "tensor": 2},
+    "mixed": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+
+
+def make_model(stored: str):
+    """A random model whose towers are stored in one way, or in several ("dynamic")."""
+    module = FAMILY.model(CONFIG, dtype=jnp.float32)
+    init_parameters(module, jax.random.key(0), std=0.1)
+    quantizers = {"nf4": NF4Weight.quantize, "int8": INT8Weight.quantize}
+    for number, (path, linear) in enumerate(linear_modules(module).items()):
+        if "merger" in path or path == "lm_head" or stored == "dense":
+            continue
+        value = linear.weight.get_value().value
+        if stored != "dynamic":
+            linear.weight.set_value(quantizers[stored](value))
+        elif number % 2:
+            linear.weight.set_value(stack_weights([DenseWeight(value[0]), NF4Weight.quantize(value[1])]))
+    add_adapters(module, select(module_table(CONFIG), LORA), LORA, jax.random.key(1))
+    return module
+
+
+def step_of(module, policy):
+    """The step's inputs; with gradient descent at rate 1 the change of the adapters is the gradient."""
+    graphdef, adapters, frozen = nnx_split(module)
+    optimizer = optax.chain(optax.trace(0.9), optax.sgd(1.0))
+    step = make_train_step(make_loss_fn(graphdef, gradient_checkpointing=policy), optimizer)
+    return step, init_train_state(adapters, optimizer), adapters, frozen
+
+
+def nnx_split(module):
+    return nnx.split(module, Trainable, ...)
+
+
+@functools.cache
+def on_one_device(stored: str):
+    step, state, adapters, frozen = step_of(make_model(stored), True)
+    state, metrics = step(state, frozen, BATCH)
+    return jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), adapters, state.adapters), metrics
+
+
+@pytest.mark.parametrize(
+    ("mesh", "stored", "policy"),
+    [
+        ("fsdp", "dense", False),
+        ("mixed", "nf4", True),
+        *[
+            pytest.param(mesh, stored, policy, marks=pytest.mark.slow)
+            for mesh in MESHES
+            for stored in ("dense", "nf4", "int8", "dynamic")
+            for policy in (False, True)
+            if (mesh, stored, policy) not in (("fsdp", "dense", False), ("mixed", "nf4", True))
+        ],
+    ],
+)
+def test_a_step_on_a_mesh_is_the_step_on_one_device(mesh, stored, policy):
+    wanted, wanted_metrics = on_one_device(stored)
+    module = make_model(stored)
+    shard_model(module, FAMILY, make_mesh(**MESHES[mesh]))
+    step, state, adapters, frozen = step_of(module, policy)
+    before = jax.tree.map(np.asarray, adapters)
+    where = jax.tree.map(lambda leaf: leaf.sharding, state)
+    new, metrics = step(state, frozen, BATCH)
+    assert jax.tree.map(lambda leaf: leaf.sharding, new) == where
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    # float32 sums in another order: over rows, over features, and over the vocabulary.
+    np.testing.assert_allclose(metrics["loss"], wanted_metrics["loss"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], wanted_metrics["grad_norm"], rtol=1e-4)
+    gradients = jax.tree.map(lambda a, b: a - np.asarray(b), before, new.adapters)
+    for (path, found), leaf in zip(
+        jax.tree.leaves_with_path(gradients), jax.tree.leaves(wanted), strict=True
+    ):
+        scale = np.abs(leaf).max()
+        np.testing.assert_allclose(found, leaf, rtol=0, atol=1e-4 * scale, err_msg=jax.tree_util.keystr(path))
+
+
+def test_offloaded_layer_inputs_are_named_on_a_mesh(monkeypatch):
+    """There is no host memory to offload to on a CPU, so that the program is traced and not compiled."""
+    module = make_model("nf4")
+    shard_model(module, FAMILY, make_mesh(**MESHES["mixed"]))
+    graphdef, adapters, frozen = nnx_split(module)
+    monkeypatch.setattr(remat, "_offloads_to_host", lambda: True)
+    gradient = jax.grad(make_loss_fn(graphdef, gradient_checkpointing="unsloth"))
+    assert "<host>" in str(jax.make_jaxpr(gradient)(adapters, frozen, BATCH))
+
+
+def test_rows_that_do_not_divide_are_refused():
+    module = make_model("dense")
+    shard_model(module, FAMILY, make_mesh(fsdp=8))
+    step, state, _, frozen = step_of(module, True)
+    uneven = {name: array[:, :6] if name == "position_ids" else array[:6] for name, array in BATCH.items()}
+    with pytest.raises(
+        ValueError, match=r"6 rows on axis 0, .* fsdp=8 = 8 devices; make batch_size a multiple of 8"
+    ):
+        step(state, frozen, uneven)
+    images = BATCH | {
+        name: BATCH[name][:3] for name in ("pixel_values", "patch_positions", "image_segment_ids")
+    }
+    with pytest.raises(ValueError, match=r"pixel_values \[3, .* make Budget\(max_images=…\) a multiple of 8"):
+        step(state, frozen, images)
+    with pytest.raises(ValueError, match="on a mesh already"):
+        shard_model(module, FAMILY, make_mesh(fsdp=8))
