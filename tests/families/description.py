@@ -6,14 +6,14 @@ library registers; the tests beside it do the rest.
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from vlmlora.models.registry import supported_model_types
 
@@ -60,17 +60,17 @@ class ProcessorCase:
     """How the family's processor is compared with transformers'.
 
     Attributes:
-        config: of a tiny model whose vocabulary is the tokenizer's.
-        reference: transformers' processor, made of small parts.
-        conversations: messages with PIL images among them; a video is ``[frames, height, width, 3]`` bytes.
-        pixels: keys of transformers' arrays that hold pixels, and how far from ours they may be: 0 where
-            transformers' processor resizes by Pillow, as we do.
+        reference: makes transformers' processor of small parts, with Pillow's image processor.
+        config: the config of a tiny model for that processor's tokens.
+        conversations: messages with PIL images among them; a video is ``[frames, height, width, 3]`` bytes,
+            of a size that needs no resizing, because transformers resizes videos by torchvision.
+        atol: array of transformers' processor → the most by which ours may differ. All others are equal.
     """
 
-    config: PreTrainedConfig
-    reference: Callable[[], Any]
-    conversations: tuple[list[dict[str, Any]], ...]
-    pixels: Mapping[str, float]
+    reference: Callable[[], ProcessorMixin]
+    config: Callable[[ProcessorMixin], PreTrainedConfig]
+    conversations: Callable[[], list[list[dict[str, Any]]]]
+    atol: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,5 +1,6 @@
 """Qwen2.5-VL for the parity tests."""
 
+import functools
 import re
 
 import numpy as np
@@ -7,9 +8,10 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from benchmarks.shapes import qwen2_5_vl_7b
-from tests.families.description import Case, Count, Description, Inputs
+from tests.families.description import Case, Count, Description, Inputs, ProcessorCase
 from tests.models.qwen2_5_vl_cases import EOS, Visual, batches, tiny_config
 from tests.models.qwen2_5_vl_cases import Case as Rows
+from tests.processing.reference import hf_processor, picture, small_tokenizer
 
 MIXED = [[3, Visual(1, 8, 8), 5], [9], [2, Visual(1, 4, 12), 1, Visual(1, 6, 10), 4]]
 """One image that fills its window, none, and two with under-full windows; rows of three lengths."""
@@ -45,6 +47,10 @@ CASES = {
     "video": Case(tiny_config(), [[2, Visual(3, 4, 6), 3], [2, Visual(1, 6, 4), 1, Visual(2, 10, 10), 2]]),
     "text_only": Case(tiny_config(), [[7], [12], [1]]),
 }
+
+
+VIDEO_ATOL = {"pixel_values_videos": 1e-6}
+"""transformers rescales and normalises frames in one step in torch."""
 
 
 def make_inputs(rows, config, seed):
@@ -109,6 +115,28 @@ def before_4_52(name):
     return re.sub(r"^model\.visual\.", "visual.", name)
 
 
+def processor_config(config, processor):
+    """A tiny model for the tokens of a processor."""
+    config.text_config.vocab_size = len(processor.tokenizer)
+    config.image_token_id = processor.image_token_id
+    config.video_token_id = processor.video_token_id
+    return config
+
+
+def conversations():
+    """Images that are resized, an image beside a video, and text alone."""
+    video = np.stack([np.asarray(picture(84, 56, seed=i)) for i in range(3)])
+
+    def ask(*parts):
+        return [{"role": "user", "content": [*parts, {"type": "text", "text": "What is written?"}]}]
+
+    first, second, third = (
+        {"type": "image", "image": picture(*size, seed=i)}
+        for i, size in enumerate([(100, 77), (33, 150), (60, 60)])
+    )
+    return [ask(first, second), ask(third, {"type": "video", "video": video}), ask()]
+
+
 FAMILY = Description(
     model_class=Qwen2_5_VLForConditionalGeneration,
     cases=CASES,
@@ -122,4 +150,13 @@ FAMILY = Description(
     left_in_16_bit=("layers.1.self_attn.q_proj", "layers.0.mlp.down_proj", "blocks.0.mlp.down_proj"),
     check=check_positions,
     pack=pack,
+    processor=ProcessorCase(
+        reference=lambda: hf_processor(small_tokenizer()),
+        config=functools.partial(
+            processor_config,
+            tiny_config(vision={"patch_size": 14, "window_size": 112, "num_heads": 4}),
+        ),
+        conversations=conversations,
+        atol=VIDEO_ATOL,
+    ),
 )

@@ -1,19 +1,25 @@
 """Qwen2-VL for the parity tests. Batches are those of Qwen2.5-VL without windows."""
 
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+import functools
 
-from tests.families.description import Case, Count, Description
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+
+from tests.families.description import Case, Count, Description, ProcessorCase
 from tests.families.qwen2_5_vl import (
     MIXED,
+    VIDEO_ATOL,
     before_4_52,
     check_positions,
+    conversations,
     make_inputs,
     one_row,
     pack,
     place,
+    processor_config,
 )
 from tests.models.qwen2_5_vl_cases import EOS, Visual
 from tests.models.qwen2_5_vl_cases import tiny_config as tiny_qwen2_5_vl
+from tests.processing.reference import hf_processor, small_tokenizer
 
 
 def tiny_config(text: dict | None = None, vision: dict | None = None, **kwargs) -> Qwen2VLConfig:
@@ -68,4 +74,10 @@ FAMILY = Description(
     left_in_16_bit=("layers.1.self_attn.q_proj", "layers.0.mlp.down_proj", "blocks.0.mlp.fc2"),
     check=check_positions,
     pack=pack,
+    processor=ProcessorCase(
+        reference=lambda: hf_processor(small_tokenizer(), processor_class=Qwen2VLProcessor),
+        config=functools.partial(processor_config, tiny_config(vision={"patch_size": 14})),
+        conversations=conversations,
+        atol=VIDEO_ATOL,
+    ),
 )

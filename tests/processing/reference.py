@@ -81,10 +81,10 @@ def config(tokenizer):
     )
 
 
-def hf_processor(tokenizer, backend="pil"):
+def hf_processor(tokenizer, backend="pil", processor_class=Qwen2_5_VLProcessor):
     size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 64}
     image_processor = {"pil": Qwen2VLImageProcessorPil, "torchvision": Qwen2VLImageProcessor}[backend]
-    return Qwen2_5_VLProcessor(
+    return processor_class(
         image_processor=image_processor(size=dict(size)),
         tokenizer=tokenizer,
         video_processor=Qwen2VLVideoProcessor(size=dict(size), cap_pixels_per_frame=False),
