@@ -53,6 +53,7 @@ from vlmlora.lora.trained import (
     trained_tensors,
 )
 from vlmlora.models.module_table import LinearSpec, ModuleTable
+from vlmlora.models.registry import wrapper_modules
 from vlmlora.nn.linear import Linear
 from vlmlora.nn.trained import TrainedRows
 
@@ -62,9 +63,6 @@ CARD_FILE = "README.md"
 PREFIX = "base_model.model."
 PEFT_VERSION = "0.21.2"
 """The version whose files these are."""
-
-WRAPPERS = ("model", "language_model", "vision_model")
-"""Modules that hold a whole tower; versions of transformers differ in where they stand."""
 
 _SUFFIXES = {
     "lora_A": "lora_A.weight",
@@ -353,11 +351,12 @@ def peft_config_fields(
 
 
 def name_without_wrappers(name: str) -> str:
-    """A module's name without `WRAPPERS`, which is the same in every version of transformers.
+    """A module's name without what wraps a tower, the same in every version of transformers.
 
     ``model.language_model.layers.3.mlp.up_proj`` becomes ``layers.3.mlp.up_proj``.
     """
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    wrappers = wrapper_modules()
+    return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
 def target_regex(table: ModuleTable, names: Iterable[str]) -> str:
@@ -394,10 +393,11 @@ def target_regex(table: ModuleTable, names: Iterable[str]) -> str:
 
 def _name_regex(name: str) -> str:
     """Match a name with wrappers at its start, and wherever else it has some, optional."""
-    wrappers = rf"(?:{_any_of(WRAPPERS)}\.)*"
+    names = wrapper_modules()
+    wrappers = rf"(?:{_any_of(names)}\.)*"
     pattern, skipped = [], True
     for part in name.split("."):
-        if part in WRAPPERS:
+        if part in names:
             skipped = True
         else:
             pattern.append((wrappers if skipped else "") + re.escape(part))

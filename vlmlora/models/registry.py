@@ -27,7 +27,10 @@ class Family:
             ``other`` without one.
         key_renames: ``(pattern, replacement)`` applied to checkpoint keys of earlier transformers versions.
         ignored_keys: patterns of checkpoint keys that hold no parameter.
-        processor: ``processor(directory, config)`` loads the family's processor.
+        processor: ``processor(directory, config)`` loads the family's processor, a
+            `vlmlora.data.processing.FamilyProcessor`.
+        wrappers: names of modules that hold a whole tower and that versions of transformers put into a
+            module's name in different places, or leave out.
         batch_shapes: ``batch_shapes(config, rows, tokens, image_size)`` gives the shapes of a training batch
             in which every row holds one image of `image_size` (height, width), or none where that is None.
             Memory is planned with it.
@@ -43,6 +46,7 @@ class Family:
     key_renames: tuple[tuple[str, str], ...]
     ignored_keys: tuple[str, ...]
     processor: Callable[..., Any]
+    wrappers: tuple[str, ...] = ("model", "language_model", "vision_model")
     batch_shapes: Callable[..., dict[str, jax.ShapeDtypeStruct]] | None = None
     tensor_cuts: tuple[tuple[str, str], ...] = ()
 
@@ -72,6 +76,13 @@ def supported_model_types() -> list[str]:
     """The `model_type` of every family, sorted."""
     _import_families()
     return sorted(_FAMILIES)
+
+
+@cache
+def wrapper_modules() -> tuple[str, ...]:
+    """The `wrappers` of all families."""
+    _import_families()
+    return tuple(dict.fromkeys(name for family in _FAMILIES.values() for name in family.wrappers))
 
 
 def family_of(config: PreTrainedConfig | str) -> Family:
