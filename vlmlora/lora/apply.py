@@ -1,7 +1,7 @@
 """Put adapters on a model's linear modules, take them off, and find them."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 import jax
 import jax.numpy as jnp
@@ -41,10 +41,27 @@ def add_adapters(module: nnx.Module, selection: Selection, config: LoraConfig, k
     linears = linears_without_adapters(module, selection.table)
     for each in selection.modules:
         check_base(layer_weight(linears[each.spec.path], each.spec), config, each.spec.name)
+    arrays = {
+        each.spec.name: _start(linears[each.spec.path], each, config, key) for each in selection.modules
+    }
+    set_adapters(module, selection, arrays, dropout=config.lora_dropout)
+
+
+def set_adapters(
+    module: nnx.Module, selection: Selection, arrays: Mapping[str, "LoraArrays"], *, dropout: int | float
+) -> None:
+    """Set the adapter of every selected module from its arrays, in place.
+
+    Args:
+        module: the model, without adapters.
+        selection: which modules.
+        arrays: of each module, by its name.
+        dropout: probability that an element of an adapter's input is dropped.
+    """
+    linears = linear_modules(module)
     for path, selected in selection.by_path.items():
-        arrays = [_start(linears[path], each, config, key) for each in selected]
         specs = [each.spec for each in selected]
-        linears[path].adapter = make_adapter(specs, arrays, dropout=config.lora_dropout)
+        linears[path].adapter = make_adapter(specs, [arrays[spec.name] for spec in specs], dropout=dropout)
 
 
 def layer_weight(linear: Linear, spec: LinearSpec) -> Weight:
@@ -56,7 +73,7 @@ def layer_weight(linear: Linear, spec: LinearSpec) -> Weight:
 def _start(linear: Linear, selected: SelectedModule, config: LoraConfig, key: PRNGKeyArray) -> "LoraArrays":
     """The adapter of one layer at the start; the layer's weight changes where the start takes from it."""
     spec, r, scaling = selected.spec, selected.r, selected.scaling
-    initial_A = initial_B = magnitude = None
+    initial_A = initial_B = None
     if changes_base(config.init_lora_weights):
         own_key = jax.random.fold_in(key, module_salt(spec.name))
         lora_A, lora_B = take_from_base(linear, spec, config, r=r, scaling=scaling, key=own_key)
@@ -71,10 +88,20 @@ def _start(linear: Linear, selected: SelectedModule, config: LoraConfig, key: PR
             r=r,
             method=config.init_lora_weights,
         )
-    if config.use_dora:
-        magnitude = np.asarray(_magnitude(layer_weight(linear, spec), lora_A, lora_B, scaling))
+    start = linear_start(linear, selected, config, lora_A, lora_B)
     lora_bias = _lora_bias(selected, config, key) if config.lora_bias else None
-    return LoraArrays(lora_A, lora_B, scaling, lora_bias, magnitude, initial_A, initial_B)
+    return replace(start, lora_bias=lora_bias, initial_A=initial_A, initial_B=initial_B)
+
+
+def linear_start(
+    linear: Linear, selected: SelectedModule, config: LoraConfig, lora_A: np.ndarray, lora_B: np.ndarray
+) -> "LoraArrays":
+    """The arrays of one layer that starts from A and B; DoRA's magnitude is that of the weight with them."""
+    magnitude = None
+    if config.use_dora:
+        weight = layer_weight(linear, selected.spec)
+        magnitude = np.asarray(_magnitude(weight, lora_A, lora_B, selected.scaling))
+    return LoraArrays(lora_A, lora_B, selected.scaling, magnitude=magnitude)
 
 
 def take_from_base(

@@ -150,7 +150,8 @@ class Lora(nnx.Module):
         Raises:
             ValueError: the adapter has no layer axis, or adapts a layer that the stack does not have.
         """
-        if self.layers is not None and len(self.layers) == stack == max(self.layers) + 1:
+        whole = self.layers is not None and len(self.layers) == stack == max(self.layers) + 1
+        if whole and self.initial_A is None:
             return self
         return _expand([self], stack)
 
