@@ -30,8 +30,8 @@ class EvaConfig:
         ValueError: `rho` is less than 1, or `tau` not between 0 and 1.
     """
 
-    rho: float = 2.0
-    tau: float = 0.99
+    rho: int | float = 2.0
+    tau: int | float = 0.99
     use_label_mask: bool = True
     label_mask_value: int = -100
     whiten: bool = False

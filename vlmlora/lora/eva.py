@@ -212,7 +212,7 @@ def _leading_triplets(matrix: Float[np.ndarray, "rows columns"], k: int) -> tupl
 class _Tap(nnx.Module):
     """In an adapter's place: hands the layer's number and input to `sink`, and adds nothing."""
 
-    def __init__(self, sink: Callable[[np.ndarray, np.ndarray], None], stack: int | None):
+    def __init__(self, sink: Callable[[jax.Array, jax.Array], None], stack: int | None):
         self.layer = Frozen(jnp.int32(0) if stack is None else jnp.arange(stack, dtype=jnp.int32))
         self.sink = sink
 
@@ -276,12 +276,13 @@ class _Taps:
             self.decompositions[name].update(rows)
             self.steps += 1
 
-    def _sink_of(self, path: str) -> Callable[[np.ndarray, np.ndarray], None]:
-        def sink(layer: np.ndarray, x: np.ndarray) -> None:
+    def _sink_of(self, path: str) -> Callable[[jax.Array, jax.Array], None]:
+        def sink(layer: jax.Array, x: jax.Array) -> None:
             spec = self.specs.get((path, int(layer)))
             if spec is not None:
-                x = np.asarray(x)
-                self._see(spec.name, x[_counted(x.shape[:-1], self._masks[_kind(spec)])].astype(np.float32))
+                inputs = np.asarray(x)
+                counted = _counted(inputs.shape[:-1], self._masks[_kind(spec)])
+                self._see(spec.name, inputs[counted].astype(np.float32))
 
         return sink
 
