@@ -14,7 +14,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from benchmarks.shapes import CONFIGS
-from vlmlora.models.module_table import stacked_name
+from vlmlora.models.module_table import layer_names
 from vlmlora.models.registry import family_of
 from vlmlora.quantization.weights import DenseWeight
 
@@ -30,13 +30,11 @@ def write(directory: Path, model: str) -> int:
     shards, shard, size, total = [], {}, 0, 0
     module = family_of(config).model(config, dtype=jnp.bfloat16)
     for path, variable in nnx.to_flat_state(nnx.state(module)):
-        name = stacked_name(module, ".".join(map(str, path)))
         value = variable.get_value()
         value = value.value if isinstance(value, DenseWeight) else value
-        layers = range(value.shape[0]) if "{layer}" in name else [None]
-        shape = value.shape[1:] if "{layer}" in name else value.shape
-        for layer in layers:
-            shard[name.format(layer=layer)] = _fill(variable.get_metadata("init"), shape, noise)
+        for layer, name in layer_names(module, ".".join(map(str, path))):
+            shape = value.shape if layer is None else value.shape[1:]
+            shard[name] = _fill(variable.get_metadata("init"), shape, noise)
             size += 2 * int(np.prod(shape))
             if size >= SHARD_BYTES:
                 shards.append(_write_shard(directory, len(shards), shard))

@@ -17,7 +17,7 @@ from flax import nnx
 
 from vlmlora.lora.config import LoraConfig
 from vlmlora.models.load_plan import unstacked_parameters
-from vlmlora.models.module_table import stacked_name
+from vlmlora.models.module_table import layer_names, stacked_name
 from vlmlora.nn.linear import Embedding, Linear
 from vlmlora.nn.trained import TRAINED, TrainedParameter, TrainedRows
 from vlmlora.nn.variables import Frozen
@@ -232,7 +232,7 @@ def trained_tensors(
     """
     for path, each in trained.items():
         array = np.asarray(each.trained.get_value(), np.float32)
-        template = stacked_name(module, path)
+        names = dict(layer_names(module, path))
         layers = each.layers if isinstance(each, TrainedParameter) else None
         if layers is None:
             yield path, each, array
@@ -240,7 +240,7 @@ def trained_tensors(
                 yield f"{HEAD}.weight", each, array
         else:
             for i, layer in enumerate(layers):
-                yield template.format(layer=layer), each, array[i]
+                yield names[layer], each, array[i]
 
 
 def part_shape(module: nnx.Module, part: TrainedPart) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from flax import nnx
 from transformers import PreTrainedConfig
 
 from vlmlora.models.checkpoint import StoredTensor
-from vlmlora.models.module_table import module_table, stacked_name
+from vlmlora.models.module_table import layer_names, module_table
 from vlmlora.models.registry import Family, family_of
 from vlmlora.quantization import bitsandbytes
 from vlmlora.quantization.weights import DenseWeight, INT8Weight, NF4Weight, Weight
@@ -166,12 +166,8 @@ def unstacked_parameters(
     """
     for parts, variable in nnx.to_flat_state(nnx.state(model)):
         path, value = ".".join(map(str, parts)), variable.get_value()
-        name = stacked_name(model, path)
-        layers = [None]
-        if name != path:
-            layers = range(value.stack if isinstance(value, Weight) else value.shape[0])
-        for layer in layers:
-            yield path, name.format(layer=layer), layer, value
+        for layer, name in layer_names(model, path):
+            yield path, name, layer, value
 
 
 def _slots(model: nnx.Module) -> Iterator[_Slot]:

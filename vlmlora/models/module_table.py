@@ -3,6 +3,7 @@
 Selection, adapter initialisation, PEFT export, sharding rules and memory plans read this table.
 """
 
+import re
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from vlmlora.models.registry import Family, family_of
 from vlmlora.nn.linear import Linear
+from vlmlora.nn.stack import LayerList
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class LinearSpec:
         in_features: size of its input.
         out_features: size of its output.
         bias: whether it has one.
-        path: path in the Flax tree, which is the name without the layer's number.
+        path: path in the Flax tree: the name without the layer's number, except that a stack which shares its
+            list of layers with stacks of other kinds has a name of its own in the list's place.
     """
 
     name: str
@@ -51,11 +54,11 @@ def module_table(config: PreTrainedConfig) -> ModuleTable:
     model = family.model(config, dtype=jnp.float32)
     rows = []
     for path, linear in linear_modules(model).items():
-        name, part = stacked_name(model, path), _part(family, path)
-        for layer in [None] if linear.stack is None else range(linear.stack):
+        part = _part(family, path)
+        for layer, name in layer_names(model, path):
             rows.append(
                 LinearSpec(
-                    name=name.format(layer=layer),
+                    name=name,
                     part=part,
                     role=_role(family, path) if part in ("vision", "language") else "other",
                     layer=layer,
@@ -66,7 +69,7 @@ def module_table(config: PreTrainedConfig) -> ModuleTable:
                 )
             )
     order = {path: i for i, path in enumerate(dict.fromkeys(row.path for row in rows))}
-    return tuple(sorted(rows, key=lambda row: (row.part, row.layer or 0, order[row.path])))
+    return tuple(sorted(rows, key=lambda row: (row.part, _layer_number(row), order[row.path])))
 
 
 def linear_modules(model: nnx.Module) -> dict[str, Linear]:
@@ -80,14 +83,40 @@ def linear_modules(model: nnx.Module) -> dict[str, Linear]:
 
 def stacked_name(model: nnx.Module, path: str) -> str:
     """A path in the tree as a Hugging Face name, with ``{layer}`` where a stacked layer's number stands."""
-    module, parts = model, path.split(".")
-    for i, part in enumerate(parts):
+    found = _layer_list(model, path)
+    if found is None:
+        return path
+    place, layers = found
+    parts = path.split(".")
+    return ".".join([*parts[:place], layers.name, "{layer}", *parts[place + 1 :]])
+
+
+def layer_names(model: nnx.Module, path: str) -> list[tuple[int | None, str]]:
+    """The Hugging Face names of what lies at a path in the tree, each with its index on the layer axis.
+
+    A module or parameter that does not repeat has one name, and None for its index.
+    """
+    found = _layer_list(model, path)
+    if found is None:
+        return [(None, path)]
+    template = stacked_name(model, path)
+    return [(index, template.format(layer=number)) for index, number in enumerate(found[1].numbers)]
+
+
+def _layer_list(model: nnx.Module, path: str) -> tuple[int, LayerList] | None:
+    """Which part of a path names a stack, and the layers that it holds; None without one."""
+    module = model
+    for place, part in enumerate(path.split(".")):
         module = getattr(module, part, None)
         if not isinstance(module, nnx.Module):
-            break
+            return None
         if getattr(module, "stack", None) is not None:
-            return ".".join([*parts[: i + 1], "{layer}", *parts[i + 1 :]])
-    return path
+            return place, getattr(module, "layer_list", None) or LayerList(part, tuple(range(module.stack)))
+    return None
+
+
+def _layer_number(row: LinearSpec) -> int:
+    return 0 if row.layer is None else int(re.search(r"\.(\d+)\.", row.name)[1])
 
 
 def _part(family: Family, path: str) -> str:

@@ -22,6 +22,7 @@ def attention(
     segment_ids: Int[Array, "batch q_tokens"] | None = None,
     kv_lengths: Int[Array, " batch"] | None = None,
     mask: Bool[Array, "batch #q_tokens kv_tokens"] | None = None,
+    scale: float | None = None,
 ) -> Float[Array, "batch q_tokens heads head_dim"]:
     """Attention with grouped key-value heads.
 
@@ -31,6 +32,7 @@ def attention(
         segment_ids: a token sees only tokens of its own segment; 0 marks padding.
         kv_lengths: a row's keys from this length on are padding.
         mask: True where a query may see a key.
+        scale: factor of the scores; None: the head size's inverse square root.
 
     Returns:
         The weighted values, in the type of `query`. Rows of padding hold finite numbers without meaning.
@@ -46,6 +48,7 @@ def attention(
         is_causal=is_causal,
         mask=None if mask is None else mask[:, None],
         key_value_seq_lengths=kv_lengths,
+        scale=scale,
         implementation=_implementation(query, key, mask),
     )
     return checkpoint_name(output, ATTENTION_OUTPUT)

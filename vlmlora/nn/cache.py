@@ -43,8 +43,8 @@ class KVCache:
         return replace(self, keys=keys, values=values)
 
     def append(self, keys: jax.Array, values: jax.Array) -> "KVCache":
-        """Write one layer's new tokens [batch, tokens, kv_heads, head_dim] from `index` on."""
-        at = (0, self.index, 0, 0)
+        """Write new tokens [*layers, batch, tokens, kv_heads, head_dim] from `index` on."""
+        at = (*[0] * (self.keys.ndim - 3), self.index, 0, 0)
         return replace(
             self,
             keys=jax.lax.dynamic_update_slice(self.keys, keys.astype(self.keys.dtype), at),

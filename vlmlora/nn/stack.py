@@ -1,22 +1,47 @@
 """Run an activation through layers whose parameters are stacked on a leading axis."""
 
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import PRNGKeyArray, PyTree
 
 from vlmlora.nn.linear import Linear
 from vlmlora.nn.trained import TRAINED
-from vlmlora.quantization.weights import MixedWeight
+from vlmlora.nn.variables import Trainable
+from vlmlora.quantization.weights import MixedWeight, Weight
 
 LAYER_INPUT = "layer_input"
 """Name of a layer's input, for checkpoint policies that save or offload it."""
 
 Remat = Callable[[Callable], Callable]
 """A transformation of the layer's body, e.g. ``functools.partial(jax.checkpoint, policy=...)``."""
+
+# Before, a conditional under differentiation returned every array that its backward pass reads, the stacks of
+# frozen weights included, as a new one.
+_SWITCH_KEEPS_NO_OPERANDS = jax.__version_info__ >= (0, 12)
+
+
+@dataclass(frozen=True)
+class LayerList:
+    """Which layers of a Hugging Face list a stack holds, where stacks of several kinds share the list.
+
+    A stacked module without one holds all layers of the list that has its own name.
+
+    Attributes:
+        name: the list's name.
+        numbers: the layers' numbers in the list, in ascending order.
+    """
+
+    name: str
+    numbers: tuple[int, ...]
 
 
 def scan_layers(
@@ -41,6 +66,115 @@ def scan_layers(
     Returns:
         The last layer's output, and the layers' own outputs stacked.
     """
+    body, steps = _body_and_steps(layers, call, per_layer, key, remat)
+    return jax.lax.scan(body, x, steps)
+
+
+def scan_layers_and_keep(
+    layers: nnx.Module,
+    x: jax.Array,
+    call: Callable[..., tuple[jax.Array, PyTree]],
+    keep: Sequence[int],
+    *,
+    key: PRNGKeyArray | None = None,
+    remat: Remat | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`scan_layers`, and the outputs of some layers beside the last one's; no other layer's is stored.
+
+    Args:
+        layers, x, call, key, remat: as there.
+        keep: the layers, in any order; negative numbers count from the last.
+
+    Returns:
+        The last layer's output, and those of `keep`, stacked in its order.
+    """
+    body, steps = _body_and_steps(layers, call, None, key, remat)
+    keep = [range(layers.stack)[layer] for layer in keep]
+    wanted = sorted(set(keep))
+    # A layer's place is that of the next wanted one, which overwrites it; after the last there is one more.
+    places = np.searchsorted(wanted, np.arange(layers.stack)).astype(np.int32)
+    kept = jnp.zeros((places[-1] + 1, *x.shape), x.dtype)
+
+    def keeping_body(carry: tuple[jax.Array, jax.Array], step: Any) -> tuple[Any, None]:
+        (x, kept), (place, step) = carry, step
+        x, _ = body(x, step)
+        return (x, jax.lax.dynamic_update_index_in_dim(kept, x, place, axis=0)), None
+
+    (x, kept), _ = jax.lax.scan(keeping_body, (x, kept), (places, steps))
+    return x, kept[np.searchsorted(wanted, keep)]
+
+
+def scan_mixed_layers(
+    stacks: Sequence[nnx.Module],
+    x: jax.Array,
+    calls: Sequence[Callable[..., tuple[jax.Array, PyTree]]],
+    *,
+    order: Sequence[int],
+    shared: PyTree = None,
+    per_layer: Sequence[PyTree] | None = None,
+    key: PRNGKeyArray | None = None,
+    remat: Remat | None = None,
+) -> tuple[jax.Array, PyTree]:
+    """Layers of several kinds in any order, as one ``jax.lax.scan`` that compiles each kind once.
+
+    A step calls ``x, y = calls[kind](layer, x, shared, per_layer[kind][i], key=key)`` for the i-th layer of
+    its kind. Frozen weights are read where they lie: none is copied into the order of the steps, and none is
+    saved for the backward pass. With jax before 0.12 the backward pass runs every layer again, whatever
+    `remat` would keep of it.
+
+    Args:
+        stacks: for each kind one layer's module in which every array has a leading axis over its layers.
+        x: input of the first layer.
+        calls: for each kind what applies one layer; returns the next layer's input and an output of its own.
+            The outputs have the same shapes in every kind.
+        order: the kind of every step. Steps of one kind take its layers in order.
+        shared: arrays that every step reads; gradients flow to those of floating point.
+        per_layer: for each kind arrays with a leading axis over its layers; no gradient flows to them.
+        key: split into one key a step for dropout; None for none.
+        remat: wraps the body of the scan; the layer's input is named `LAYER_INPUT` inside of it.
+
+    Returns:
+        The last step's x, and the steps' own outputs stacked.
+    """
+    kinds = np.asarray(order, np.int32)
+    places = np.array([np.sum(kinds[:step] == kind) for step, kind in enumerate(kinds)], np.int32)
+    parts = [_LayersInPlace(stack) for stack in stacks]
+    # A kind's trained parameters, which are small, go with every step, so that their gradient is a slice's.
+    trained = [
+        jax.tree.map(operator.itemgetter(np.where(kinds == kind, places, 0)), part.trainable)
+        for kind, part in enumerate(parts)
+    ]
+    keys = None if key is None else jax.random.split(key, len(kinds))
+    differentiable, constant = _partition(shared)
+
+    def branch(kind: int, constants: PyTree, operands: PyTree) -> tuple[jax.Array, PyTree]:
+        frozen, arrays, constant, place, step_key = constants
+        x, trained, differentiable = operands
+        layer = parts[kind].layer(frozen[kind], place, trained[kind])
+        arrays = None if arrays is None else jax.tree.map(lambda leaf: leaf[place], arrays[kind])
+        return calls[kind](layer, x, _combine(differentiable, constant), arrays, key=step_key)
+
+    branches = [functools.partial(branch, kind) for kind in range(len(stacks))]
+    switch = _plain_switch if _SWITCH_KEEPS_NO_OPERANDS else _rerunning_switch
+    frozen = tuple(part.frozen for part in parts)
+
+    def body(x: jax.Array, step: Any) -> tuple[jax.Array, PyTree]:
+        kind, place, trained, step_key = step
+        x = checkpoint_name(x, LAYER_INPUT)
+        constants = (frozen, per_layer, constant, place, step_key)
+        return switch(branches, kind, constants, (x, trained, differentiable))
+
+    return jax.lax.scan(body if remat is None else remat(body), x, (kinds, places, trained, keys))
+
+
+def _body_and_steps(
+    layers: nnx.Module,
+    call: Callable[..., tuple[jax.Array, PyTree]],
+    per_layer: PyTree,
+    key: PRNGKeyArray | None,
+    remat: Remat | None,
+) -> tuple[Callable, PyTree]:
+    """What `jax.lax.scan` runs for each layer, and the arrays that it slices."""
     graphdef, state = nnx.split(_expand_adapters(layers))
     leaves, treedef = jax.tree.flatten(state, is_leaf=_is_mixed)
     pools = [leaf.split_for_scan()[0] if _is_mixed(leaf) else None for leaf in leaves]
@@ -57,7 +191,75 @@ def scan_layers(
         layer = nnx.merge(graphdef, jax.tree.unflatten(treedef, joined))
         return call(layer, x, layer_inputs, key=layer_key)
 
-    return jax.lax.scan(body if remat is None else remat(body), x, (sliced, per_layer, keys))
+    return body if remat is None else remat(body), (sliced, per_layer, keys)
+
+
+class _LayersInPlace:
+    """A stack whose frozen arrays stay whole; a layer reads its part of them."""
+
+    def __init__(self, stack: nnx.Module):
+        self._graphdef, self.trainable, frozen = nnx.split(_expand_adapters(stack), Trainable, ...)
+        leaves, self._treedef = jax.tree.flatten(frozen, is_leaf=_is_weight)
+        self.frozen = [_in_place(leaf, stack.stack) if _is_weight(leaf) else leaf for leaf in leaves]
+
+    def layer(self, frozen: list[Any], place: jax.Array, trainable: PyTree) -> nnx.Module:
+        leaves = [leaf.layer(place) if _is_weight(leaf) else leaf[place] for leaf in frozen]
+        return nnx.merge(self._graphdef, trainable, jax.tree.unflatten(self._treedef, leaves))
+
+
+def _in_place(weight: Weight, stack: int) -> MixedWeight:
+    """A stacked weight as one whose layers are read from it; the backward pass saves no layer of it."""
+    if _is_mixed(weight):
+        return weight
+    return MixedWeight((weight,), jnp.zeros(stack, jnp.int32), jnp.arange(stack, dtype=jnp.int32))
+
+
+def _plain_switch(
+    branches: Sequence[Callable], kind: jax.Array, constants: PyTree, operands: PyTree
+) -> PyTree:
+    return jax.lax.switch(kind, branches, constants, operands)
+
+
+def _rerunning_switch(
+    branches: Sequence[Callable], kind: jax.Array, constants: PyTree, operands: PyTree
+) -> PyTree:
+    """`jax.lax.switch` whose backward pass runs the branch again; its residuals are its arguments."""
+
+    @jax.custom_vjp
+    def run(kind, constants, operands):
+        return jax.lax.switch(kind, branches, constants, operands)
+
+    def forward(kind, constants, operands):
+        return run(kind, constants, operands), (kind, constants, operands)
+
+    def backward(residuals, cotangent):
+        kind, constants, operands = residuals
+
+        def pull_back(branch, constants, operands, cotangent):
+            return jax.vjp(functools.partial(branch, constants), operands)[1](cotangent)[0]
+
+        pulls = [functools.partial(pull_back, branch) for branch in branches]
+        return None, None, jax.lax.switch(kind, pulls, constants, operands, cotangent)
+
+    run.defvjp(forward, backward)
+    return run(kind, constants, operands)
+
+
+def _partition(tree: PyTree) -> tuple[PyTree, PyTree]:
+    """The floating-point leaves of a tree and the others, with None in the place of what is missing."""
+    is_float = jax.tree.map(lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact), tree)
+    return (
+        jax.tree.map(lambda leaf, keep: leaf if keep else None, tree, is_float),
+        jax.tree.map(lambda leaf, keep: None if keep else leaf, tree, is_float),
+    )
+
+
+def _combine(first: PyTree, second: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None)
+
+
+def _is_weight(leaf: Any) -> bool:
+    return isinstance(leaf, Weight)
 
 
 def _is_mixed(leaf: Any) -> bool:

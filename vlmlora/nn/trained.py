@@ -70,9 +70,9 @@ class TrainedParameter(nnx.Module):
         """An embedding as the weight of the head that is tied to it, which follows if `is_tied`."""
         return DenseWeight(self.get_value() if self.is_tied else self.frozen.get_value())
 
-    def expand(self, stack: int) -> "TrainedParameter | Frozen":
+    def expand(self, stack: int) -> "TrainedParameter | Trainable":
         """What a scan over `stack` layers can slice: every layer has an entry."""
-        return Frozen(self.get_value()) if self.is_partial else self
+        return Trainable(self.get_value()) if self.is_partial else self
 
 
 class TrainedRows(nnx.Module):

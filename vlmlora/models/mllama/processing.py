@@ -1,0 +1,6 @@
+"""Placeholder."""
+
+
+def load_processor(directory, config):
+    """Not yet."""
+    raise NotImplementedError
