@@ -1,7 +1,7 @@
 """Models of known size, and batches of known work for them."""
 
 import numpy as np
-from transformers import PreTrainedConfig, Qwen2_5_VLConfig
+from transformers import MllamaConfig, PreTrainedConfig, Qwen2_5_VLConfig
 
 from vlmlora.models.qwen2_5_vl.positions import IMAGE, mrope_position_ids, vision_layout
 
@@ -32,7 +32,43 @@ def qwen2_5_vl_7b() -> Qwen2_5_VLConfig:
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
 
 
-CONFIGS = {"qwen2_5_vl-7b": qwen2_5_vl_7b}
+def llama_3_2_11b_vision() -> MllamaConfig:
+    """The shape of meta-llama/Llama-3.2-11B-Vision-Instruct."""
+    text = {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38],
+        "vocab_size": 128256,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 131072,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    }
+    vision = {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_global_layers": 8,
+        "attention_heads": 16,
+        "image_size": 560,
+        "patch_size": 14,
+        "max_num_tiles": 4,
+        "intermediate_layers_indices": [3, 7, 15, 23, 30],
+        "vision_output_dim": 7680,
+    }
+    return MllamaConfig(text_config=text, vision_config=vision, image_token_index=128256)
+
+
+CONFIGS = {"qwen2_5_vl-7b": qwen2_5_vl_7b, "llama-3.2-11b-vision": llama_3_2_11b_vision}
 
 
 def image_text_batch(

@@ -129,7 +129,11 @@ def random_torch_model(
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn_like(parameter) * 0.1
-            parameter.copy_(noise if parameter.ndim > 1 else parameter + noise)
+            if parameter.numel() == 1:
+                # A gate, often zero at first, which would hide what it gates.
+                parameter.copy_(0.5 + noise)
+            else:
+                parameter.copy_(noise if parameter.ndim > 1 else parameter + noise)
     return model
 
 

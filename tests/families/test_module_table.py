@@ -1,5 +1,6 @@
 """The module table and what selections of it train."""
 
+import re
 import time
 
 import torch
@@ -17,14 +18,21 @@ def test_the_table_is_that_of_transformers_linear_modules(family_case):
         model = family.model_class(config)
     table = module_table(config)
     assert len({spec.name for spec in table}) == len(table)
-    tied = config.tie_word_embeddings and model.get_output_embeddings()
+    tied = getattr(config, "tie_word_embeddings", False) and model.get_output_embeddings()
     assert {spec.name for spec in table} == set(linear_names(model, head=not tied))
     for spec in table:
         linear = model.get_submodule(spec.name)
         assert (spec.in_features, spec.out_features) == (linear.in_features, linear.out_features)
         assert spec.bias == (linear.bias is not None)
         assert (spec.part, spec.role) == family.place(spec.name), spec.name
-        assert spec.layer is None or str(spec.layer) in spec.name.split(".")
+    stacks = {spec.path: [] for spec in table if spec.layer is not None}
+    for spec in table:
+        if spec.layer is not None:
+            stacks[spec.path].append((spec.layer, int(re.search(r"\.(\d+)\.", spec.name)[1])))
+    for path, layers in stacks.items():
+        indices, numbers = zip(*layers, strict=True)
+        assert indices == tuple(range(len(layers))), path
+        assert list(numbers) == sorted(numbers), path
 
 
 def test_counts_of_trained_parameters(family):

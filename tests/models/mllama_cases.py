@@ -1,4 +1,4 @@
-"""Small random Mllama models in transformers, and the same batches for it and for this library."""
+"""Configs of small Mllama models, and the same batches for transformers and for this library."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import MllamaConfig, MllamaForConditionalGeneration
+from transformers import MllamaConfig
 from transformers.models.mllama.image_processing_pil_mllama import get_all_supported_aspect_ratios
 from transformers.models.mllama.processing_mllama import (
     convert_sparse_cross_attention_mask_to_dense,
@@ -52,23 +52,6 @@ def tiny_config(text: dict | None = None, vision: dict | None = None, **kwargs: 
         image_token_index=IMAGE_TOKEN,
         **kwargs,
     )
-
-
-def random_torch_model(config: MllamaConfig, seed: int = 0) -> MllamaForConditionalGeneration:
-    """transformers' model in float32, every parameter random: norms, biases and gates too, none zero."""
-    torch.manual_seed(seed)
-    model = MllamaForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn_like(parameter)
-            if "gate" in name and parameter.numel() == 1:
-                parameter.copy_(0.4 + 0.2 * noise.abs())
-            elif parameter.ndim > 1:
-                # Large enough that positions and masks show in the logits.
-                parameter.copy_(noise * 0.2)
-            else:
-                parameter.copy_(parameter + 0.1 * noise)
-    return model
 
 
 @dataclass(frozen=True)

@@ -236,7 +236,7 @@ def _quantized_target(quantize: str, shape: tuple[int, ...], dtype: np.dtype) ->
 
 
 def _is_ignored(name: str, config: PreTrainedConfig, family: Family) -> bool:
-    if name == _TIED_HEAD and config.tie_word_embeddings:
+    if name == _TIED_HEAD and getattr(config, "tie_word_embeddings", False):
         return True
     return any(re.search(pattern, name) for pattern in family.ignored_keys)
 

@@ -1,10 +1,20 @@
 """Llama 3.2 Vision, which transformers calls Mllama (https://arxiv.org/abs/2407.21783, section 7)."""
 
-from transformers import MllamaConfig
+from pathlib import Path
+from typing import Any
+
+from transformers import MllamaConfig, PreTrainedConfig
 
 from vlmlora.models.mllama.modules import MllamaForConditionalGeneration
-from vlmlora.models.mllama.processing import load_processor
 from vlmlora.models.registry import Family, register
+
+
+def _load_processor(directory: Path, config: PreTrainedConfig) -> Any:
+    # Imported when it is needed: transformers' image processors take long, and a model's shape needs none.
+    from vlmlora.models.mllama.processing import load_processor
+
+    return load_processor(directory, config)
+
 
 register(
     Family(
@@ -24,6 +34,6 @@ register(
             (r"^(vision_model|multi_modal_projector)\.", r"model.\1."),
         ),
         ignored_keys=(r"\.inv_freq$",),
-        processor=load_processor,
+        processor=_load_processor,
     )
 )
