@@ -2,9 +2,11 @@
 
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -19,11 +21,12 @@ from transformers import PreTrainedConfig
 from vlmlora.compilation_cache import enable_compilation_cache
 from vlmlora.data.processing import VisionLanguageProcessor
 from vlmlora.generation.greedy import greedy_decode
+from vlmlora.lora.adapters import DEFAULT, AdapterSet, weighted_adapter
 from vlmlora.lora.apply import add_adapters, trainable_parameters
 from vlmlora.lora.config import EvaConfig, LoraConfig, reject_unknown_arguments
-from vlmlora.lora.peft_format import load_adapter_into, save_adapter
+from vlmlora.lora.peft_format import load_adapter_into, read_adapter_config, save_adapter
 from vlmlora.lora.selection import select
-from vlmlora.lora.trained import BaseModel, attach_trained, plan_trained
+from vlmlora.lora.trained import BaseModel, attach_trained, plan_trained, trained_parts
 from vlmlora.models.hub import resolve
 from vlmlora.models.loading import IMPLIED_TRUE, load_model, read_config, resolve_load_mode
 from vlmlora.models.module_table import ModuleTable, module_table
@@ -41,7 +44,9 @@ class FastVisionModel:
     Attributes:
         module: the Flax module.
         config: transformers' config.
-        lora_config: the adapter's arguments; None without one.
+        adapters: the adapters' arguments, by name.
+        active_adapter: name of the adapter that the model computes with and trains; None without one.
+        lora_config: the active adapter's arguments; None without one.
         use_gradient_checkpointing: for `vlmlora.training.loss.make_loss_fn`.
         max_seq_length: tokens a row may have.
         full_finetuning: whether every parameter is trainable.
@@ -75,8 +80,35 @@ class FastVisionModel:
         self.max_seq_length = max_seq_length
         self.use_gradient_checkpointing = use_gradient_checkpointing
         self.full_finetuning = full_finetuning
-        self.lora_config: LoraConfig | None = None
         self.training = True
+        self._adapters = AdapterSet(module)
+
+    def __repr__(self) -> str:
+        names = [f"{name} (active)" if name == self.active_adapter else name for name in self.adapters]
+        return f"{type(self).__name__}({self.name_or_path!r}, adapters=[{', '.join(names)}])"
+
+    @property
+    def adapters(self) -> Mapping[str, LoraConfig]:
+        """The adapters' arguments, by name."""
+        return MappingProxyType(self._adapters.configs)
+
+    @property
+    def active_adapter(self) -> str | None:
+        """Name of the adapter that the model computes with and trains."""
+        return self._adapters.active
+
+    @property
+    def lora_config(self) -> LoraConfig | None:
+        """The active adapter's arguments."""
+        return None if self.active_adapter is None else self.adapters[self.active_adapter]
+
+    @lora_config.setter
+    def lora_config(self, config: LoraConfig | None) -> None:
+        if config is None:
+            self._adapters.forget()
+        else:
+            self._adapters.active = self.active_adapter or DEFAULT
+            self._adapters.configs[self.active_adapter] = config
 
     @staticmethod
     def from_pretrained(
@@ -165,7 +197,7 @@ class FastVisionModel:
             full_finetuning=full_finetuning,
         )
         if adapter is not None:
-            model.lora_config = load_adapter_into(module, model.module_table, adapter)
+            model._adapters.add(DEFAULT, lambda: load_adapter_into(module, model.module_table, adapter))
         return model, processor
 
     @staticmethod
@@ -201,10 +233,13 @@ class FastVisionModel:
         lora_bias: bool = False,
         eva_config: EvaConfig | Mapping[str, Any] | None = None,
         trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+        adapter_name: str = DEFAULT,
         verbose: bool = True,
         **unknown: Any,
     ) -> "FastVisionModel":
         """Put LoRA adapters on the chosen modules, in place, and show the choice as a table.
+
+        With another `adapter_name` the model gets another adapter, which becomes the active one.
 
         The arguments and their defaults are Unsloth's and PEFT's; `vlmlora.lora.config.LoraConfig` explains
         each, and `vlmlora.lora.selection.select` how modules are chosen.
@@ -213,6 +248,7 @@ class FastVisionModel:
             model: from `from_pretrained`.
             use_gradient_checkpointing: a policy, see `vlmlora.training.remat.remat_policy`.
             random_state: seed of the adapters' initial values; touches no other generator.
+            adapter_name: name of the adapter; see `set_adapter`.
             verbose: print the table of selected modules.
             unknown: refused.
 
@@ -221,7 +257,7 @@ class FastVisionModel:
 
         Raises:
             TypeError: unknown argument; the message names the nearest.
-            ValueError: the arguments contradict each other or the model, or the model has adapters already.
+            ValueError: the arguments contradict each other or the model, or it has an adapter of this name.
             NotImplementedError: an argument that is not supported yet.
         """
         arguments = {k: v for k, v in locals().items() if k in LoraConfig.__dataclass_fields__}
@@ -236,12 +272,19 @@ class FastVisionModel:
         config = LoraConfig(**arguments, base_model_name_or_path=model.name_or_path, revision=model.revision)
         selection = select(model.module_table, config)
         parts = plan_trained(BaseModel.of(model.module), config, selection.names)
-        add_adapters(model.module, selection, config, jax.random.key(random_state))
-        attach_trained(model.module, parts)
-        model.lora_config = config
+
+        def build() -> LoraConfig:
+            add_adapters(model.module, selection, config, jax.random.key(random_state))
+            attach_trained(model.module, parts)
+            return config
+
+        model._adapters.add(adapter_name, build, config)
         model.use_gradient_checkpointing = use_gradient_checkpointing
         if verbose:
             Console().print(selection.summary())
+            if trained := trained_parts(model.module):
+                count = sum(part.trained.get_value().size for part in trained.values())
+                Console().print(f"Trained beside the adapters: {count:,} parameters of {', '.join(trained)}")
         return model
 
     @staticmethod
@@ -286,17 +329,130 @@ class FastVisionModel:
         trainable = trainable_parameters(self.module)
         total = _parameters(family_of(self.config).model(self.config, dtype=jnp.float32))
         total += 0 if self.full_finetuning else trainable
+        # PEFT trains biases themselves, and copies of everything else.
+        in_place = (part for part in trained_parts(self.module).values() if not part.is_copy)
+        total -= sum(part.trained.get_value().size for part in in_place)
         share = 100 * trainable / total
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")
 
-    def save_pretrained(self, directory: str | PathLike[str]) -> None:
-        """Write the adapter in PEFT's format, or after full fine-tuning the whole checkpoint.
+    def load_adapter(
+        self,
+        model_id: str | PathLike[str],
+        adapter_name: str,
+        *,
+        token: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+    ) -> None:
+        """Load a further adapter beside those that the model has. As in PEFT it is not made the active one.
+
+        Args:
+            model_id: what `save_pretrained` or PEFT wrote: a directory, or a repository of the hub.
+            adapter_name: its name from now on.
+            token: for private repositories.
+            revision: branch, tag or commit of the repository.
+            local_files_only: use what is in the cache already.
 
         Raises:
-            ValueError: the model has neither adapters nor trainable parameters.
+            ValueError: there is an adapter of that name, or this one does not fit the model; the keys are
+                listed, and nothing has changed.
+            FileNotFoundError: no such directory or repository.
+            NotImplementedError: the adapter uses something that is not supported.
         """
-        if self.lora_config is not None:
-            save_adapter(directory, self.module, self.module_table, self.lora_config)
+        directory = resolve(model_id, token=token, revision=revision, local_files_only=local_files_only)
+        self._adapters.add(
+            adapter_name,
+            lambda: load_adapter_into(self.module, self.module_table, directory),
+            read_adapter_config(directory),
+            activate=False,
+        )
+
+    def set_adapter(self, adapter_name: str) -> None:
+        """Compute with and train another adapter; the others are kept beside the model, out of every loss.
+
+        Split the model again afterwards: structure and parameters are the new adapter's.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        self._adapters.activate(adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter. If it was the active one, the first of the others takes its place.
+
+        Raises:
+            ValueError: there is none of that name, or it has changed the base weights.
+        """
+        self._adapters.delete(adapter_name)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """While the body runs the model is the base model, trained biases and modules included.
+
+        Raises:
+            ValueError: an adapter has changed the base weights.
+        """
+        self._adapters.check_can_disable()
+        with self._adapters.suspended():
+            yield
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[int | float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+    ) -> None:
+        """Add an adapter that is a weighted sum of others, as in PEFT; it is not made the active one.
+
+        Args:
+            adapters: names of those to combine.
+            weights: of each; may be negative.
+            adapter_name: name of the new one.
+            combination_type: ``"svd"``, ``"linear"`` or ``"cat"``; see
+                `vlmlora.lora.adapters.weighted_adapter`.
+            svd_rank: rank for ``"svd"``; None: the largest.
+
+        Raises:
+            ValueError: a name does not exist or exists already, or the adapters cannot be combined so.
+            NotImplementedError: another combination of PEFT.
+        """
+        if adapter_name in self.adapters:
+            raise ValueError(f"the model already has an adapter {adapter_name!r}")
+        new = weighted_adapter(
+            self.module,
+            self.module_table,
+            self._adapters,
+            adapters,
+            weights,
+            combination_type=combination_type,
+            svd_rank=svd_rank,
+        )
+        self._adapters.park(adapter_name, *new)
+
+    def save_pretrained(
+        self, directory: str | PathLike[str], selected_adapters: Sequence[str] | None = None
+    ) -> None:
+        """Write the adapters in PEFT's format, or after full fine-tuning the whole checkpoint.
+
+        The adapter ``"default"`` goes into the directory itself, another into a folder of its name there.
+
+        Args:
+            directory: made if it does not exist.
+            selected_adapters: names of those to write; None: all.
+
+        Raises:
+            ValueError: the model has neither adapters nor trainable parameters, or none of a selected name.
+        """
+        if self.adapters:
+            selected = list(self.adapters) if selected_adapters is None else list(selected_adapters)
+            for name in selected:
+                self._adapters.check(name)
+            for name in selected:
+                where = Path(directory) if name == DEFAULT else Path(directory) / name
+                with self._adapters.activated(name):
+                    save_adapter(where, self.module, self.module_table, self.adapters[name])
         elif self.full_finetuning:
             save_checkpoint(self.module, self.config, directory)
         else:

@@ -233,6 +233,17 @@ def read_adapter(
     return config, adapters, trained
 
 
+def read_adapter_config(directory: str | PathLike[str]) -> LoraConfig:
+    """The config of an adapter directory alone.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not what it should be.
+        NotImplementedError: the adapter uses something that is not supported.
+    """
+    return _read_config(Path(directory) / CONFIG_FILE)
+
+
 def load_adapter_into(module: nnx.Module, table: ModuleTable, directory: str | PathLike[str]) -> LoraConfig:
     """Set a model's adapters from a PEFT directory, in place.
 
