@@ -74,21 +74,49 @@ CONFIGS = {"qwen2_5_vl-7b": qwen2_5_vl_7b, "llama-3.2-11b-vision": llama_3_2_11b
 def image_text_batch(
     config: PreTrainedConfig, rows: int, tokens: int, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Rows of `tokens` tokens with one 448×448 image each (1024 patches, 256 tokens), labelled in the last
-    quarter.
+    """Rows of `tokens` tokens with one image each, labelled in the last quarter.
 
-    Every slot of every row holds a token or a patch, so the batch has no segment ids.
+    The image has 448×448 pixels (1024 patches, 256 tokens), or for Mllama four whole tiles. Every slot of
+    every row holds a token or a patch, so the batch has no segment ids.
     """
+    make = _mllama_batch if config.model_type == "mllama" else _qwen_batch
     rng = np.random.default_rng(seed)
+    batch = make(config, rng, rng.integers(0, 256, (rows, tokens)).astype(np.int32))
+    labels = batch["input_ids"].copy()
+    labels[:, : 3 * tokens // 4] = -100
+    return {**batch, "labels": labels, "attention_mask": np.ones_like(labels)}
+
+
+def _mllama_batch(
+    config: PreTrainedConfig, rng: np.random.Generator, input_ids: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The image stands after the first token."""
+    rows, tokens = input_ids.shape
+    input_ids[:, 1] = config.image_token_index
+    vision = config.vision_config
+    tile = (vision.num_channels, vision.image_size, vision.image_size)
+    square = vision.supported_aspect_ratios.index([2, 2]) + 1
+    return {
+        "input_ids": input_ids,
+        "position_ids": np.tile(np.arange(tokens, dtype=np.int32), (rows, 1)),
+        "pixel_values": rng.standard_normal((rows, vision.max_num_tiles, *tile), np.float32),
+        "aspect_ratio_ids": np.full(rows, square, np.int32),
+        "num_tiles": np.full(rows, 4, np.int32),
+        "image_index": np.arange(rows, dtype=np.int32)[:, None],
+        "image_spans": np.tile(np.array([1, 2**30], np.int32), (rows, 1, 1)),
+    }
+
+
+def _qwen_batch(
+    config: PreTrainedConfig, rng: np.random.Generator, input_ids: np.ndarray
+) -> dict[str, np.ndarray]:
+    rows = len(input_ids)
     vision = config.vision_config
     merge, side, start = vision.spatial_merge_size, 448 // vision.patch_size, 9
     count = (side // merge) ** 2
-    input_ids = rng.integers(0, 256, (rows, tokens)).astype(np.int32)
     input_ids[:, start - 1] = config.vision_start_token_id
     input_ids[:, start : start + count] = config.image_token_id
     input_ids[:, start + count] = config.vision_end_token_id
-    labels = input_ids.copy()
-    labels[:, : 3 * tokens // 4] = -100
     position_ids, _ = mrope_position_ids(
         np.where(input_ids == config.image_token_id, IMAGE, 0),
         image_grid_thw=np.array([[1, side, side]] * rows),
@@ -100,7 +128,6 @@ def image_text_batch(
     values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     return {
         "input_ids": input_ids,
-        "labels": labels,
         "position_ids": position_ids,
         "pixel_values": rng.normal(size=(rows, layout.num_slots, values)).astype(np.float32),
         "patch_positions": np.broadcast_to(layout.patch_positions, (rows, layout.num_slots, 2)).copy(),
