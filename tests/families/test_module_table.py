@@ -1,14 +1,20 @@
-"""The module table and what selections of it train."""
+"""What is known of a model from its config alone: the module table, counts, shapes of batches."""
 
 import re
 import time
 
+import jax
+import jax.numpy as jnp
+import pytest
 import torch
+from flax import nnx
 
 from tests.families.parity import linear_names
 from vlmlora.lora.config import LoraConfig
 from vlmlora.lora.selection import select
 from vlmlora.models.module_table import module_table
+from vlmlora.models.registry import family_of
+from vlmlora.nn.batch import model_inputs
 
 
 def test_the_table_is_that_of_transformers_linear_modules(family_case):
@@ -43,3 +49,21 @@ def test_counts_of_trained_parameters(family):
         # A table is made of shapes alone, at once for any size of model.
         assert time.process_time() - start < 2
         assert select(table, LoraConfig(**count.arguments)).parameters == count.parameters
+
+
+def test_shapes_of_batches_are_what_the_model_takes(family):
+    """Traced only: of a batch with images, and without."""
+    config = family.first.config
+    known = family_of(config)
+    if known.batch_shapes is None:
+        pytest.skip("no memory is planned for the family")
+    graphdef, state = nnx.split(known.model(config, dtype=jnp.float32))
+
+    def hidden(state, batch):
+        return nnx.merge(graphdef, state)(**model_inputs(batch))[0]
+
+    with_image = known.batch_shapes(config, 2, 64, (64, 120))
+    assert set(with_image) <= set(family.make_inputs(family.first.rows, config, 0).ours)
+    for batch in (with_image, known.batch_shapes(config, 2, 64, None)):
+        assert batch["labels"].shape == (2, 64)
+        assert jax.eval_shape(hidden, state, batch).shape == (2, 64, config.get_text_config().hidden_size)

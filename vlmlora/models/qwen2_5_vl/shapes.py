@@ -17,6 +17,13 @@ def batch_shapes(
         image_size: height and width in pixels of each row's image, rounded up to whole attention windows;
             None for text alone.
     """
+    return shapes_of_whole(config.vision_config.window_size, config, rows, tokens, image_size)
+
+
+def shapes_of_whole(
+    unit: int, config: PreTrainedConfig, rows: int, tokens: int, image_size: tuple[int, int] | None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """`batch_shapes` with the sides of an image rounded up to a multiple of `unit` pixels."""
     shapes = {
         "input_ids": jax.ShapeDtypeStruct((rows, tokens), jnp.int32),
         "labels": jax.ShapeDtypeStruct((rows, tokens), jnp.int32),
@@ -25,8 +32,8 @@ def batch_shapes(
     if image_size is None:
         return shapes
     vision = config.vision_config
-    height, width = (-(-side // vision.window_size) for side in image_size)
-    patches = height * width * (vision.window_size // vision.patch_size) ** 2
+    height, width = (-(-side // unit) for side in image_size)
+    patches = height * width * (unit // vision.patch_size) ** 2
     values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     return shapes | {
         "pixel_values": jax.ShapeDtypeStruct((rows, patches, values), jnp.float32),
