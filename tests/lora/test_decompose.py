@@ -16,16 +16,18 @@ from peft.tuners.lora import layer as peft_layer
 from peft.utils import loftq_utils
 
 from tests.models.qwen2_5_vl_cases import Case, Visual, batches, random_torch_model, tiny_config
-from vlmlora.lora.apply import adapted_modules, add_adapters, trainable_parameters
+from vlmlora.lora.apply import adapted_modules, add_adapters, remove_adapters, trainable_parameters
 from vlmlora.lora.config import LoraConfig
-from vlmlora.lora.decompose import split_weight
+from vlmlora.lora.decompose import loftq, split_weight
 from vlmlora.lora.peft_format import load_adapter_into, save_adapter
 from vlmlora.lora.selection import select
 from vlmlora.models.loading import load_model, read_config
 from vlmlora.models.module_table import linear_modules, module_table
 from vlmlora.nn.batch import model_inputs
+from vlmlora.nn.trained import RowsWeight
 from vlmlora.nn.variables import Trainable
 from vlmlora.quantization.bitsandbytes import read
+from vlmlora.quantization.weights import NF4Weight
 
 # On a CPU bitsandbytes decodes matrices wrongly whose rows are no whole number of blocks of 64.
 TARGETS = ["q_proj", "layers.0.mlp.up_proj", "merger.mlp.2"]
@@ -166,6 +168,10 @@ def test_start_equals_pefts_and_the_saved_adapter_is_right_on_the_right_base(
     assert np.abs(trained - plain)[valid].max() > 0.05 * scale
 
     save_adapter(tmp_path, module, table, config)
+    remove_adapters(module)
+    if not config.loftq_config:
+        for path, linear in linear_modules(module).items():
+            np.testing.assert_allclose(linear.weight.get_value().value, untouched[path], atol=1e-6)
     right_base = copy.deepcopy(torch_model)
     if config.loftq_config and config.loftq_config["loftq_iter"] == 1:
         for name, linear in right_base.named_modules():
@@ -184,6 +190,38 @@ def quantize_as_bitsandbytes(linear):
         linear.weight.data, quant_type="nf4", compress_statistics=False
     )
     linear.weight.data = bnb.functional.dequantize_4bit(codes, state).reshape(linear.weight.shape)
+
+
+def test_loftq_with_8_bits_equals_pefts(loftq_on_a_cpu):
+    torch.manual_seed(0)
+    weight = torch.randn(48, 64) * 0.1
+    base, lora_A, lora_B = peft_layer.loftq_init(weight, 8, 4, 2)
+    found_A, found_B, found = loftq(jnp.asarray(weight.numpy()), 4, bits=8, iterations=2)
+    # Steps of an 8-bit code are near 1e-3 here; float32 decompositions by different routines.
+    np.testing.assert_allclose(found, base, atol=1e-6)
+    np.testing.assert_allclose(found_B @ found_A, lora_B @ lora_A, atol=1e-6)
+
+
+def test_a_base_that_does_not_allow_the_start_is_refused_and_stays(flax_model, table):
+    linears = linear_modules(flax_model)
+    path = "model.language_model.layers.self_attn.q_proj"
+    dense = linears[path].weight.get_value()
+    config = {"target_modules": ["k_proj", "q_proj"], "r": 2}
+    linears[path].weight.set_value(NF4Weight.quantize(dense.value))
+    before = jax.tree.leaves(nnx.state(flax_model))
+    for init in ("pissa", "pissa_niter_2", "loftq"):
+        refused = LoraConfig(**config, init_lora_weights=init)
+        with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj is quantised: .*load_in_16bit=True"):
+            add_adapters(flax_model, select(table, refused), refused, jax.random.key(0))
+    after = jax.tree.leaves(nnx.state(flax_model))
+    assert all(one is other for one, other in zip(before, after, strict=True))
+    assert all(linear.adapter is None for linear in linears.values())
+    with pytest.raises(ValueError, match=r"q_proj \[32, 32\] a rank of at most 32, not 33"):
+        select(table, LoraConfig(init_lora_weights="olora", r=33, target_modules=["q_proj"]))
+    linears[path].weight.set_value(RowsWeight(dense, jnp.ones((1, 32)), (0,)))
+    olora = LoraConfig(**config, init_lora_weights="olora")
+    with pytest.raises(ValueError, match="stored as RowsWeight; make the adapter first"):
+        add_adapters(flax_model, select(table, olora), olora, jax.random.key(0))
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "loftq"])

@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,8 +8,10 @@ import peft
 import pytest
 import torch
 from flax import nnx
+from transformers import Qwen2_5_VLConfig
 
 from tests.jaxprs import equations
+from vlmlora.lora.abstract import add_abstract_adapters
 from vlmlora.lora.apply import (
     LoraArrays,
     adapted_modules,
@@ -20,7 +24,8 @@ from vlmlora.lora.config import LoraConfig
 from vlmlora.lora.init import init_lora
 from vlmlora.lora.layer import Lora
 from vlmlora.lora.selection import select
-from vlmlora.models.module_table import LinearSpec, linear_modules
+from vlmlora.models.module_table import LinearSpec, linear_modules, module_table
+from vlmlora.models.registry import family_of
 from vlmlora.nn.linear import Linear
 from vlmlora.nn.stack import scan_layers
 from vlmlora.nn.variables import Trainable
@@ -264,6 +269,68 @@ def test_only_chosen_layers_hold_parameters(table, flax_model, arguments):
     for spec, adapter, i in adapted_modules(flax_model, table):
         found = adapter.scaling.get_value() if i is None else adapter.scaling.get_value()[i]
         assert float(found) == pytest.approx(config.scaling_of(spec.name))
+
+
+TARGETS = {
+    "flags": {"finetune_mlp_modules": False},
+    "all-linear": {"target_modules": "all-linear"},
+    "list": {"target_modules": ["q_proj", "qkv", "merger.mlp.0", "lm_head"]},
+    "regex": {"target_modules": r".*(layers|blocks)\.\d\..*(o_proj|down_proj)"},
+}
+
+
+def test_counts_equal_pefts_for_every_kind_of_target_and_layers(table, flax_model, torch_model):
+    kinds = (
+        {"layers_to_transform": [1]},
+        {"finetune_last_n_layers": 2, "use_dora": True},
+        {"rank_pattern": {"layers.1.*": 3, "proj": 2}},
+    )
+    for targets, kind in itertools.product(TARGETS.values(), kinds):
+        config = LoraConfig(r=4, **targets, **kind)
+        selection = select(table, config)
+        add_adapters(flax_model, selection, config, jax.random.key(0))
+        oracle = peft.get_peft_model(
+            torch_model,
+            peft.LoraConfig(
+                r=4,
+                target_modules=sorted(selection.names),
+                rank_pattern=config.rank_pattern,
+                use_dora=config.use_dora,
+            ),
+        )
+        expected = oracle.get_nb_trainable_parameters()[0]
+        assert trainable_parameters(flax_model) == expected == selection.parameters
+        moments = optax.adam(1e-3).init(nnx.state(flax_model, Trainable))[0]
+        assert sum(leaf.size for leaf in jax.tree.leaves((moments.mu, moments.nu))) == 2 * expected
+        oracle.unload()
+        remove_adapters(flax_model)
+
+
+def test_the_program_does_not_grow_with_the_number_of_layers(tiny_config):
+    def program(layers, ranks):
+        text = {**tiny_config.text_config.to_dict(), "num_hidden_layers": layers, "layer_types": None}
+        config = Qwen2_5_VLConfig(text_config=text, vision_config=tiny_config.vision_config.to_dict())
+        model = family_of(config).model(config, dtype=jnp.float32)
+        pattern = {rf"layers\.{i}\..*": ranks[i % len(ranks)] for i in range(layers)}
+        lora = LoraConfig(r=2, finetune_vision_layers=False, use_dora=True, rank_pattern=pattern)
+        add_abstract_adapters(model, select(module_table(config), lora), lora)
+        graphdef, adapters, frozen = nnx.split(model, Trainable, ...)
+        tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32), jax.ShapeDtypeStruct((3, 1, 8), jnp.int32)
+        jaxpr = jax.make_jaxpr(
+            jax.grad(
+                lambda adapters, frozen, *inputs: nnx.merge(graphdef, adapters, frozen)(*inputs)[0].sum()
+            )
+        )(adapters, frozen, *tokens)
+        names = [equation.primitive.name for equation in equations(jaxpr)]
+        return len(names), names.count("scan")
+
+    few, mixed = program(2, [2]), program(6, [2, 3, 4])
+    # One scan forward and one backward.
+    assert few[1] == mixed[1] == 2
+    assert program(12, [2]) == few
+    assert program(12, [2, 3, 4]) == mixed
+    # Seven modules and four arrays: what each of the three ranks adds, forward and backward.
+    assert mixed[0] - few[0] <= 7 * 4 * 3 * 10
 
 
 def test_adapting_twice_is_an_error_and_removing_restores(table, flax_model):

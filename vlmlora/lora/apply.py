@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import PRNGKeyArray
 
 from vlmlora.lora.config import LoraConfig
-from vlmlora.lora.decompose import changes_base, check_base, split_weight
+from vlmlora.lora.decompose import changes_base, check_base, split_weight, stored_as
 from vlmlora.lora.init import init_bias, init_lora, module_salt
 from vlmlora.lora.layer import Lora, MixedRankLora, groups_of, row_norms
 from vlmlora.lora.selection import SelectedModule, Selection
@@ -40,7 +40,7 @@ def add_adapters(module: nnx.Module, selection: Selection, config: LoraConfig, k
     """
     linears = linears_without_adapters(module, selection.table)
     for each in selection.modules:
-        check_base(layer_weight(linears[each.spec.path], each.spec), config, each.spec.name)
+        check_base(linears[each.spec.path].weight.get_value(), each.spec, config)
     arrays = {
         each.spec.name: _start(linears[each.spec.path], each, config, key) for each in selection.modules
     }
@@ -100,7 +100,7 @@ def linear_start(
     magnitude = None
     if config.use_dora:
         weight = layer_weight(linear, selected.spec)
-        magnitude = np.asarray(_magnitude(weight, lora_A, lora_B, selected.scaling))
+        magnitude = np.asarray(row_norms(_with_delta(weight, lora_A, lora_B, selected.scaling)))
     return LoraArrays(lora_A, lora_B, selected.scaling, magnitude=magnitude)
 
 
@@ -116,21 +116,15 @@ def take_from_base(
     """Take A and B out of the weight of one layer, which keeps the rest; see `split_weight`."""
     weight = layer_weight(linear, spec)
     lora_A, lora_B, rest = split_weight(weight, config, r=r, scaling=scaling, key=key)
-    _set_layer_weight(linear, spec, rest)
+    _set_layer_weight(linear, spec.layer, rest)
     return lora_A, lora_B
 
 
-def _set_layer_weight(linear: Linear, spec: LinearSpec, weight: Weight) -> None:
+def _set_layer_weight(linear: Linear, layer: int | None, weight: Weight) -> None:
     """Replace the weight of one layer. Its stack's arrays are given away, so no second stack ever exists."""
-    if spec.layer is not None:
-        weight = set_layer(linear.weight.get_value(), spec.layer, weight)
+    if layer is not None:
+        weight = set_layer(linear.weight.get_value(), layer, weight)
     linear.weight.set_value(weight)
-
-
-@jax.jit
-def _magnitude(weight: Weight, lora_A: jax.Array, lora_B: jax.Array, scaling: jax.Array) -> jax.Array:
-    with jax.default_matmul_precision("highest"):
-        return row_norms(weight.dequantize(jnp.float32) + scaling * lora_B @ lora_A)
 
 
 def _lora_bias(selected: SelectedModule, config: LoraConfig, key: PRNGKeyArray) -> np.ndarray:
@@ -224,10 +218,34 @@ def linears_without_adapters(module: nnx.Module, table: ModuleTable) -> dict[str
 
 
 def remove_adapters(module: nnx.Module) -> None:
-    """Take every adapter off, in place; the base is left as it was, and what trained of it is put back."""
+    """Take every adapter off, in place; the base is left as it was, and what trained of it is put back.
+
+    What PiSSA or OLoRA took out of a weight is added to it again, which rounds in the weight's type and
+    quantises a quantised one anew. LoftQ's base keeps the values that it was quantised to.
+    """
     remove_trained(module)
     for linear in linear_modules(module).values():
+        for adapter in groups_of(linear.adapter):
+            _put_back(linear, adapter)
         linear.adapter = None
+
+
+def _put_back(linear: Linear, adapter: Lora) -> None:
+    """Add what the adapter took out of the weight at its start."""
+    if adapter.initial_A is None:
+        return
+    for index, layer in enumerate(adapter.layers or [None]):
+        values = (v.get_value() for v in (adapter.initial_A, adapter.initial_B, adapter.scaling))
+        lora_A, lora_B, scaling = (value if layer is None else value[index] for value in values)
+        weight = linear.weight.get_value() if layer is None else linear.weight.get_value().layer(layer)
+        whole = _with_delta(weight, lora_A, lora_B, scaling)
+        _set_layer_weight(linear, layer, stored_as(weight, whole))
+
+
+@jax.jit
+def _with_delta(weight: Weight, lora_A: jax.Array, lora_B: jax.Array, scaling: jax.Array) -> jax.Array:
+    with jax.default_matmul_precision("highest"):
+        return weight.dequantize(jnp.float32) + scaling * lora_B @ lora_A
 
 
 def adapted_modules(module: nnx.Module, table: ModuleTable) -> Iterator[tuple[LinearSpec, Lora, int | None]]:

@@ -25,7 +25,8 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlmlora.lora.config import LoraConfig
-from vlmlora.quantization.weights import DenseWeight, INT8Weight, NF4Weight, Weight
+from vlmlora.models.module_table import LinearSpec
+from vlmlora.quantization.weights import DenseWeight, INT8Weight, MixedWeight, NF4Weight, Weight
 
 Parts = tuple[Float[Array, "r in"], Float[Array, "out r"], Float[Array, "out in"]]
 """A, B, and what the base keeps; all in float32."""
@@ -36,23 +37,39 @@ def changes_base(init_lora_weights: bool | str) -> bool:
     return isinstance(init_lora_weights, str) and init_lora_weights.startswith(("pissa", "olora", "loftq"))
 
 
-def check_base(weight: Weight, config: LoraConfig, name: str) -> None:
-    """Refuse a start that a weight's way of storing does not allow; reads shapes only.
+def check_base(weight: Weight, spec: LinearSpec, config: LoraConfig) -> None:
+    """Refuse a start that a weight's way of storing does not allow; reads no values.
+
+    Args:
+        weight: of the module, with its layer axis where it has one.
+        spec: which module, and which layer.
+        config: names the start.
 
     Raises:
-        ValueError: PiSSA or LoftQ on a quantised weight.
+        ValueError: PiSSA or LoftQ on a quantised weight, or any such start on one that is cut over devices.
     """
     init = config.init_lora_weights
-    stores = getattr(weight, "pools", (weight,))
-    if not changes_base(init) or init == "olora" or all(isinstance(each, DenseWeight) for each in stores):
+    if not changes_base(init):
+        return
+    if isinstance(weight, MixedWeight):
+        weight = weight.pools[0 if spec.layer is None else int(weight.kind[spec.layer])]
+    if isinstance(weight, DenseWeight):
+        return
+    if not isinstance(weight, NF4Weight | INT8Weight):
+        raise ValueError(
+            f"init_lora_weights={init!r} changes the base weight, but that of {spec.name} is stored as "
+            f"{type(weight).__name__}; make the adapter first and cut the model over devices after it, with "
+            "vlmlora.distributed.shard_model"
+        )
+    if init == "olora":
         return
     reason = (
         "LoftQ quantises the true weight itself, which is gone"
         if init == "loftq"
-        else "PiSSA's rest must come from the true weight; PEFT refuses it too"
+        else "PiSSA's rest must come from the true weight, and PEFT refuses it too"
     )
     raise ValueError(
-        f"init_lora_weights={init!r} needs 16- or 32-bit weights, but {name} is quantised: {reason}. "
+        f"init_lora_weights={init!r} needs 16- or 32-bit weights, but {spec.name} is quantised: {reason}. "
         "Load the model with load_in_16bit=True, or use init_lora_weights='olora'"
     )
 

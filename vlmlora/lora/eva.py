@@ -19,7 +19,7 @@ from flax import nnx
 from jax.experimental import io_callback
 from jaxtyping import Float, PRNGKeyArray
 
-from vlmlora.lora.apply import adapted_modules, linear_start, remove_adapters, set_adapters
+from vlmlora.lora.apply import adapted_modules, linear_start, set_adapters
 from vlmlora.lora.config import EvaConfig, LoraConfig
 from vlmlora.lora.selection import SelectedModule, Selection
 from vlmlora.models.module_table import LinearSpec, ModuleTable, linear_modules
@@ -82,7 +82,8 @@ def initialize_lora_eva_weights(model: AdaptedModel, batches: Iterable[Batch]) -
         )
         for each in chosen
     }
-    remove_adapters(model.module)
+    for linear in linears.values():
+        linear.adapter = None
     set_adapters(model.module, Selection(table, tuple(chosen)), arrays, dropout=config.lora_dropout)
     model.lora_config = _with_patterns(config, chosen, removed=len(chosen) < len(specs))
 
@@ -242,10 +243,9 @@ class _Taps:
         self._see: Callable[[str, np.ndarray], None] = self.see_digest
         # A copy that shares the model's arrays.
         tapped = nnx.merge(*nnx.split(module))
-        remove_adapters(tapped)
-        linears = linear_modules(tapped)
-        for path in {path for path, _ in self.specs}:
-            linears[path].adapter = _Tap(self._sink_of(path), linears[path].stack)
+        tapped_paths = {path for path, _ in self.specs}
+        for path, linear in linear_modules(tapped).items():
+            linear.adapter = _Tap(self._sink_of(path), linear.stack) if path in tapped_paths else None
         has_head = any(spec.part == "head" for spec in self.specs.values())
         graphdef, self._state = nnx.split(tapped)
 

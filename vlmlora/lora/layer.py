@@ -226,12 +226,7 @@ def _expand(groups: Sequence[Lora], stack: int) -> Lora:
             return None
         values = [getattr(group, name).get_value() for group in groups]
         shape = tuple(max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True))
-        padded = [
-            jnp.pad(
-                value, [(0, 0), *((0, to - size) for to, size in zip(shape, value.shape[1:], strict=True))]
-            )
-            for value in values
-        ]
+        padded = [_padded(value, shape) for value in values]
         whole = padded[0] if len(padded) == 1 else jnp.concatenate(padded)
         return jnp.zeros((stack, *shape), whole.dtype).at[index].set(whole)
 
@@ -246,3 +241,11 @@ def _expand(groups: Sequence[Lora], stack: int) -> Lora:
         dropout=groups[0].dropout,
         salt=groups[0].salt,
     )
+
+
+def _padded(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Zeros after a layer's entries, up to `shape`."""
+    if value.shape[1:] == shape:
+        return value
+    more = [(0, to - size, 0) for to, size in zip(shape, value.shape[1:], strict=True)]
+    return jax.lax.pad(value, jnp.zeros((), value.dtype), [(0, 0, 0), *more])

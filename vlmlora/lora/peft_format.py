@@ -27,7 +27,6 @@ from safetensors.numpy import load_file, save_file
 from vlmlora.lora.apply import (
     LoraArrays,
     adapted_modules,
-    layer_weight,
     linears_without_adapters,
     make_adapter,
     take_from_base,
@@ -293,7 +292,7 @@ def load_adapter_into(module: nnx.Module, table: ModuleTable, directory: str | P
             groups[spec.path].append(spec)
     for path, group in groups.items():
         for spec in group:
-            check_base(layer_weight(linears[path], spec), config, spec.name)
+            check_base(linears[path].weight.get_value(), spec, config)
     for path, group in groups.items():
         group.sort(key=lambda spec: spec.layer or 0)
         arrays = [_lora_arrays(_arrays(adapters, spec), linears[path], spec, config) for spec in group]
