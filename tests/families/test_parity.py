@@ -1,6 +1,8 @@
 """Logits, loss, gradients, adapters and greedy tokens against transformers and PEFT, in float32."""
 
 import copy
+import json
+import re
 import warnings
 
 import jax
@@ -9,6 +11,7 @@ import numpy as np
 import peft
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from tests.families.description import descriptions
 from tests.families.parity import (
@@ -20,12 +23,13 @@ from tests.families.parity import (
     assert_gradients,
     assert_logits,
     evaluate,
+    linear_names,
     load,
     logits,
     quickly,
 )
 from vlmlora.generation.greedy import greedy_decode
-from vlmlora.lora.apply import add_adapters
+from vlmlora.lora.apply import adapted_modules, add_adapters
 from vlmlora.lora.config import LoraConfig
 from vlmlora.lora.peft_format import load_adapter_into, save_adapter
 from vlmlora.lora.selection import select
@@ -93,6 +97,47 @@ def test_real_peft_computes_the_logits_of_an_exported_adapter(family, tmp_path):
     expected = loaded(**theirs).logits
     assert np.abs(expected.detach().numpy()[inputs.valid] - plain).max() > 100 * LOGITS * np.abs(plain).max()
     assert_logits(logits(module, inputs.ours), expected, inputs.valid)
+
+
+def test_adapters_of_every_era_load_and_select_alike(family, tmp_path):
+    """PEFT's files under the module names of each version, and what ours select there."""
+    config = family.first.config
+    model = family.random_model(config)
+    model.save_pretrained(tmp_path / "base")
+    names = linear_names(model, head=False)
+    adapted = adapt_with_peft(model)
+    adapted.save_pretrained(tmp_path / "today")
+    tensors = load_file(tmp_path / "today" / "adapter_model.safetensors")
+    fields = json.loads((tmp_path / "today" / "adapter_config.json").read_text())
+    for era, rename in family.eras.items():
+        renamed = {name: rename(f"{name}.weight").removesuffix(".weight") for name in names}
+        of_era = {
+            f"base_model.model.{renamed[name]}.{matrix}.weight": tensors[
+                f"base_model.model.{name}.{matrix}.weight"
+            ]
+            for name in names
+            for matrix in ("lora_A", "lora_B")
+        }
+        (tmp_path / era).mkdir()
+        save_file(of_era, tmp_path / era / "adapter_model.safetensors", metadata={"format": "pt"})
+        targets = fields | {"target_modules": list(renamed.values())}
+        (tmp_path / era / "adapter_config.json").write_text(json.dumps(targets))
+        module, table = load(tmp_path / "base"), module_table(config)
+        lora = load_adapter_into(module, table, tmp_path / era)
+        found = 0
+        for spec, adapter, index in adapted_modules(module, table):
+            for matrix in ("lora_A", "lora_B"):
+                array = np.asarray(getattr(adapter, matrix).get_value())
+                array = array if index is None else array[index]
+                np.testing.assert_array_equal(array, tensors[f"base_model.model.{spec.name}.{matrix}.weight"])
+                found += 1
+        assert found == len(tensors)
+
+        save_adapter(tmp_path / f"{era} again", module, table, lora)
+        written = json.loads((tmp_path / f"{era} again" / "adapter_config.json").read_text())
+        every = {rename(f"{spec.name}.weight").removesuffix(".weight") for spec in table}
+        selected = {name for name in every if re.fullmatch(written["target_modules"], name)}
+        assert selected == set(renamed.values())
 
 
 def test_greedy_tokens_with_a_cache(family, tmp_path):

@@ -1,5 +1,6 @@
 """A family is a folder: nothing outside of ``vlmlora/models`` knows one by name."""
 
+import dataclasses
 import inspect
 import re
 from pathlib import Path
@@ -8,7 +9,9 @@ import pytest
 import transformers
 
 import vlmlora
-from vlmlora.models.registry import family_of, supported_model_types
+from tests.families.description import Description
+from vlmlora.data.processing import FamilyProcessor
+from vlmlora.models.registry import Family, family_of, supported_model_types
 
 LIBRARY = Path(vlmlora.__file__).parent
 KERNELS = LIBRARY.parent / "kernels" / "vlmlora_kernels"
@@ -54,3 +57,11 @@ def test_a_family_registers_from_its_own_folder(model_type):
     assert Path(inspect.getfile(family.model)).parent == LIBRARY / "models" / model_type
     # transformers looks for this class when it reads a checkpoint that we wrote.
     assert hasattr(transformers, family.model.__name__)
+
+
+def test_the_guide_names_all_that_a_family_gives():
+    guide = (LIBRARY.parent / "docs" / "adding_a_family.md").read_text(encoding="utf-8")
+    needed = {field.name for each in (Family, Description) for field in dataclasses.fields(each)}
+    needed |= {name for name in vars(FamilyProcessor) if not name.startswith("_")}
+    needed |= set(FamilyProcessor.__annotations__)
+    assert {name for name in needed if f"`{name}`" not in guide} == set()
