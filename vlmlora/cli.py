@@ -117,6 +117,36 @@ def inspect_command(
         Console().print(found.report())
 
 
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(help="An adapter's directory, or its repository on the hub.")],
+    out: Annotated[Path, typer.Argument(help="Where the merged checkpoint goes.")],
+    base: Annotated[
+        str | None, typer.Option(help="Merge into this model instead of the one that the adapter names.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16 or float32; else the 16-bit type of the base.")
+    ] = None,
+    max_shard_size: Annotated[
+        str, typer.Option(help="Size of a file beyond which another is begun.")
+    ] = "5GB",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the adapter.")] = None,
+) -> None:
+    """Merge an adapter into its base: a 16-bit checkpoint of transformers, written tensor by tensor.
+
+    A quantised base is decoded. Given a quantised model without an adapter, this alone is done.
+    """
+    with _errors_in_one_line("merge"):
+        from vlmlora.merging import merge_checkpoint
+
+        if dtype not in (None, "bfloat16", "float16", "float32"):
+            raise ValueError(f"dtype={dtype!r}: it must be bfloat16, float16 or float32")
+        merge_checkpoint(
+            adapter, out, base=base, dtype=dtype, max_shard_size=max_shard_size, revision=revision
+        )
+    typer.echo(f"{out} holds the merged model")
+
+
 @contextmanager
 def _errors_in_one_line(command: str) -> Iterator[None]:
     """Print what the library refuses, without a traceback, and exit with 1."""

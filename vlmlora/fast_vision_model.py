@@ -1,7 +1,10 @@
 """The door that Unsloth users know: load a model, choose what learns, save the adapter."""
 
+import copy
+import functools
 import inspect
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
@@ -24,10 +27,11 @@ from vlmlora.generation.greedy import greedy_decode
 from vlmlora.lora.adapters import DEFAULT, AdapterSet, weighted_adapter
 from vlmlora.lora.apply import add_adapters, trainable_parameters
 from vlmlora.lora.config import EvaConfig, LoraConfig, reject_unknown_arguments
-from vlmlora.lora.peft_format import load_adapter_into, read_adapter_config, save_adapter
+from vlmlora.lora.merge import dtype_of_16_bit, merge_adapters, save_merged, untie, unties_head
+from vlmlora.lora.peft_format import base_of_adapter, load_adapter_into, read_adapter_config, save_adapter
 from vlmlora.lora.selection import select
 from vlmlora.lora.trained import BaseModel, attach_trained, plan_trained, trained_parts
-from vlmlora.models.hub import resolve
+from vlmlora.models.hub import copy_processor_files, resolve, upload
 from vlmlora.models.loading import IMPLIED_TRUE, load_model, read_config, resolve_load_mode
 from vlmlora.models.module_table import ModuleTable, module_table
 from vlmlora.models.registry import family_of
@@ -49,6 +53,7 @@ class FastVisionModel:
         lora_config: the active adapter's arguments; None without one.
         use_gradient_checkpointing: for `vlmlora.training.loss.make_loss_fn`.
         max_seq_length: tokens a row may have.
+        directory: where the base's files lie; None for a model that came from none.
         full_finetuning: whether every parameter is trainable.
 
     Example:
@@ -65,6 +70,7 @@ class FastVisionModel:
         *,
         name_or_path: str,
         revision: str | None = None,
+        directory: Path | None = None,
         eos_token_ids: tuple[int, ...] = (),
         pad_token_id: int = 0,
         max_seq_length: int = 2048,
@@ -75,6 +81,7 @@ class FastVisionModel:
         self.config = config
         self.name_or_path = name_or_path
         self.revision = revision
+        self.directory = directory
         self.eos_token_ids = eos_token_ids
         self.pad_token_id = pad_token_id
         self.max_seq_length = max_seq_length
@@ -174,7 +181,7 @@ class FastVisionModel:
         directory = resolve(model_name, revision=revision, **hub)
         adapter, base, base_revision = None, str(model_name), revision
         if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
-            adapter, (base, base_revision) = directory, _base_of(directory)
+            adapter, (base, base_revision) = directory, base_of_adapter(directory)
             directory = resolve(base, revision=base_revision, **hub)
 
         config = read_config(directory)
@@ -190,6 +197,7 @@ class FastVisionModel:
             config,
             name_or_path=base,
             revision=base_revision,
+            directory=directory,
             eos_token_ids=_eos_token_ids(directory, config, processor),
             pad_token_id=processor.tokenizer.pad_token_id or 0,
             max_seq_length=max_seq_length,
@@ -458,6 +466,176 @@ class FastVisionModel:
         else:
             raise ValueError("the model has no adapter to save; make one with FastVisionModel.get_peft_model")
 
+    def merge_and_unload(self) -> "FastVisionModel":
+        """Put the adapter into the weights, in place, as PEFT's method of this name does; returns the model.
+
+        What was split from the model before is given away. Quantised weights that are adapted come out in 16
+        bit (see `vlmlora.lora.merge.merge_adapters`), and the result can be trained again.
+
+        Raises:
+            ValueError: the model has no adapter, or one that no weight and bias can hold.
+        """
+        table, unties = self.module_table, unties_head(self.module)
+        merge_adapters(self.module, table)
+        if unties:
+            self.config = copy.deepcopy(self.config)
+            untie(self.config)
+        self._adapters.forget()
+        return self
+
+    def save_pretrained_merged(
+        self,
+        directory: str | PathLike[str],
+        processor: VisionLanguageProcessor | None = None,
+        save_method: str = "merged_16bit",
+        *,
+        base: str | PathLike[str] | None = None,
+        dtype: DTypeLike | None = None,
+        max_shard_size: int | str = "5GB",
+        token: str | None = None,
+        **unknown: Any,
+    ) -> None:
+        """Write a checkpoint of transformers with the adapter merged into it; the model stays as it is.
+
+        Config, generation config and the processor's files are included. Tensors are merged in float32 and
+        written one by one: the host holds one at a time, and on failure nothing is left behind.
+
+        Args:
+            directory: made if it does not exist.
+            processor: whose files to write; None copies those of the base.
+            save_method: ``"merged_16bit"``, or ``"lora"`` for the adapter alone.
+            base: directory or repository of the 16-bit weights behind a quantised base, to merge into these.
+                None takes the model's own weights, decoded where they are quantised: those that the adapter
+                was trained on, so that the merged model computes what the model does.
+            dtype: type to write. None: bfloat16 or float16, whichever the config names, else bfloat16.
+            max_shard_size: size of a file beyond which another is begun.
+            token: for a private `base`.
+            unknown: refused.
+
+        Raises:
+            TypeError: unknown argument; the message names the nearest.
+            ValueError: no adapter, another `save_method`, or `base` is not the adapter's.
+            OSError: writing failed.
+        """
+        _reject_unknown(FastVisionModel.save_pretrained_merged, unknown)
+        _check_save_method(save_method)
+        if save_method == "lora":
+            self.save_pretrained(directory)
+            if processor is not None:
+                processor.save_pretrained(directory)
+            return
+        if self.lora_config is None:
+            raise ValueError(
+                "the model has no adapter to merge; make one with FastVisionModel.get_peft_model"
+            )
+
+        def finish(staged: Path) -> None:
+            if self.directory is not None:
+                copy_processor_files(self.directory, staged)
+            if processor is not None:
+                processor.save_pretrained(staged)
+
+        save_merged(
+            self.module,
+            self.config,
+            self.module_table,
+            directory,
+            lora_config=self.lora_config,
+            dtype=dtype_of_16_bit(self.config) if dtype is None else dtype,
+            base=None if base is None else resolve(base, token=token),
+            max_shard_size=max_shard_size,
+            finish=finish,
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        processor: VisionLanguageProcessor | None = None,
+        *,
+        token: str | None = None,
+        private: bool | None = None,
+        commit_message: str = "Upload adapter",
+        commit_description: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **unknown: Any,
+    ) -> str:
+        """Upload the adapter, or after full fine-tuning the checkpoint, to a repository of the hub.
+
+        Args:
+            repo_id: ``owner/name``; made if it does not exist.
+            processor: whose files to upload too.
+            token: with write access; None uses the one that ``hf auth login`` stored.
+            private: whether a new repository is private.
+            commit_message: of the commit.
+            commit_description: what else the commit says.
+            revision: branch to commit to, which is made if it does not exist.
+            create_pr: open a pull request.
+            unknown: refused.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            TypeError: unknown argument; the message names the nearest.
+            ValueError: there is nothing to save, or `repo_id` is no name of a repository.
+            OSError: the hub cannot be reached or refuses.
+        """
+        _reject_unknown(FastVisionModel.push_to_hub, unknown)
+
+        def save(directory: Path) -> None:
+            self.save_pretrained(directory)
+            if processor is not None:
+                processor.save_pretrained(directory)
+
+        commit = {"commit_message": commit_message, "commit_description": commit_description}
+        commit |= {"token": token, "private": private, "revision": revision, "create_pr": create_pr}
+        return _save_and_upload(save, repo_id, commit)
+
+    def push_to_hub_merged(
+        self,
+        repo_id: str,
+        processor: VisionLanguageProcessor | None = None,
+        save_method: str = "merged_16bit",
+        *,
+        base: str | PathLike[str] | None = None,
+        dtype: DTypeLike | None = None,
+        max_shard_size: int | str = "5GB",
+        token: str | None = None,
+        private: bool | None = None,
+        commit_message: str = "Upload merged model",
+        commit_description: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **unknown: Any,
+    ) -> str:
+        """Upload what `save_pretrained_merged` writes to a repository of the hub.
+
+        It is written to a temporary directory first, which needs room for it. The arguments are those of
+        `save_pretrained_merged` and `push_to_hub`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            TypeError: unknown argument; the message names the nearest.
+            ValueError: see `save_pretrained_merged`, or `repo_id` is no name of a repository.
+            OSError: the hub cannot be reached or refuses.
+        """
+        _reject_unknown(FastVisionModel.push_to_hub_merged, unknown)
+        save = functools.partial(
+            self.save_pretrained_merged,
+            processor=processor,
+            save_method=save_method,
+            base=base,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            token=token,
+        )
+        commit = {"commit_message": commit_message, "commit_description": commit_description}
+        commit |= {"token": token, "private": private, "revision": revision, "create_pr": create_pr}
+        return _save_and_upload(save, repo_id, commit)
+
     def generate(
         self,
         batch: Mapping[str, np.ndarray],
@@ -499,21 +677,32 @@ def default_dtype() -> DTypeLike:
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
+SAVE_METHODS = {
+    "merged_4bit": "rounding the merged weights to 4 bit again loses most of what the adapter learnt; save "
+    "16 bit and load that with load_in_4bit=True",
+    "merged_4bit_forced": "rounding the merged weights to 4 bit again loses most of what the adapter learnt; "
+    "save 16 bit and load that with load_in_4bit=True",
+}
+"""Unsloth's other values of `save_method`, and why they are refused."""
+
+
+def _check_save_method(save_method: str) -> None:
+    if save_method not in ("merged_16bit", "lora"):
+        reason = SAVE_METHODS.get(save_method, "it must be 'merged_16bit' or 'lora'")
+        raise ValueError(f"save_method={save_method!r} is not supported: {reason}")
+
+
+def _save_and_upload(save: Callable[[Path], None], repo_id: str, commit: Mapping[str, Any]) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder) / "upload"
+        save(directory)
+        return upload(directory, repo_id, **commit)
+
+
 def _reject_unknown(function: Callable, unknown: Mapping[str, Any]) -> None:
     parameters = inspect.signature(function).parameters.values()
     known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
     reject_unknown_arguments(unknown, known, caller=function.__name__)
-
-
-def _base_of(adapter: Path) -> tuple[str, str | None]:
-    fields = json.loads((adapter / "adapter_config.json").read_text())
-    base = fields.get("base_model_name_or_path")
-    if not base:
-        raise ValueError(
-            f"{adapter / 'adapter_config.json'} has no base_model_name_or_path; "
-            "write the base model's directory or repository there"
-        )
-    return base, fields.get("revision")
 
 
 def _eos_token_ids(

@@ -243,6 +243,22 @@ def read_adapter_config(directory: str | PathLike[str]) -> LoraConfig:
     return _read_config(Path(directory) / CONFIG_FILE)
 
 
+def base_of_adapter(adapter: Path) -> tuple[str, str | None]:
+    """The directory or repository of the model that an adapter belongs to, and its revision.
+
+    Raises:
+        ValueError: the adapter does not name it.
+    """
+    fields = json.loads((adapter / CONFIG_FILE).read_text())
+    base = fields.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"{adapter / CONFIG_FILE} has no base_model_name_or_path; "
+            "write the base model's directory or repository there"
+        )
+    return base, fields.get("revision")
+
+
 def load_adapter_into(module: nnx.Module, table: ModuleTable, directory: str | PathLike[str]) -> LoraConfig:
     """Set a model's adapters from a PEFT directory, in place.
 

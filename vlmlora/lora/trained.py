@@ -5,6 +5,7 @@
 """
 
 import difflib
+import functools
 import logging
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -187,7 +188,7 @@ def saved_modules(base: BaseModel, entries: Sequence[str], adapted: Collection[s
 
 
 def attach_trained(module: nnx.Module, parts: Sequence[TrainedPart]) -> None:
-    """Make parameters train, in place, starting from their values."""
+    """Make parameters train, in place, starting from their values, which may be shapes."""
     for part in parts:
         set_trained(module, part.path, _make(module, part))
 
@@ -273,9 +274,17 @@ def _original(module: nnx.Module, part: TrainedPart) -> Frozen:
 
 def _make(module: nnx.Module, part: TrainedPart) -> Trained:
     frozen = _original(module, part)
+    is_new_head = part.path == f"{HEAD}.weight" and getattr(module, HEAD) is None
+    make = functools.partial(_start, part, is_new_head)
+    if isinstance(jax.tree.leaves(frozen.get_value())[0], jax.ShapeDtypeStruct):
+        return jax.eval_shape(make, frozen)
+    return make(frozen)
+
+
+def _start(part: TrainedPart, is_new_head: bool, frozen: Frozen) -> Trained:
     value = frozen.get_value()
     array = value.value if isinstance(value, DenseWeight) else value
-    if part.path == f"{HEAD}.weight" and getattr(module, HEAD) is None:
+    if is_new_head:
         return TrainedParameter(None, _float32(array), dtype=array.dtype, is_weight=True)
     if part.rows is not None:
         return TrainedRows(frozen, _float32(array[np.array(part.rows)]), rows=part.rows, is_tied=part.is_tied)

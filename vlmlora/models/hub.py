@@ -1,10 +1,11 @@
 """From a path or a Hugging Face repository to a directory on this machine."""
 
+import shutil
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -14,12 +15,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-NEEDED_FILES = (
-    "config.json",
+PROCESSOR_FILES = (
     "generation_config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "adapter_config.json",
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
@@ -29,6 +26,15 @@ NEEDED_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+)
+"""What of a repository belongs to a model's inputs and outputs, and not to its weights."""
+
+NEEDED_FILES = (
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "adapter_config.json",
+    *PROCESSOR_FILES,
 )
 """What is downloaded of a repository. No pickle file, no code."""
 
@@ -116,3 +122,59 @@ def resolve(
             f"there is no directory {name!r}, and the hub cannot be reached for {at}: {error}. "
             f"Check the network. {elsewhere}"
         ) from error
+
+
+def copy_processor_files(source: Path, directory: Path) -> None:
+    """Copy the files of a model's processor, and its generation config, as they are."""
+    for pattern in PROCESSOR_FILES:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, directory / file.name)
+
+
+def upload(
+    directory: Path,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    commit_message: str,
+    commit_description: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Put the files of a directory into a repository of the hub, which is made if it does not exist.
+
+    Args:
+        directory: the files.
+        repo_id: ``owner/name``, or a name of one's own.
+        token: with write access; None uses the one that ``hf auth login`` stored.
+        private: whether a new repository is; None leaves it to the hub's default.
+        commit_message: the commit's first line.
+        commit_description: what else it says.
+        revision: branch to commit to, which is made if it does not exist; None for the main one.
+        create_pr: open a pull request.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: `repo_id` is none.
+        OSError: the hub cannot be reached or refuses, with huggingface_hub's reason.
+    """
+    api = HfApi(token=token)
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            folder_path=directory,
+            repo_id=repo_id,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is no repository id (owner/name) of the hub") from error
+    return str(commit.commit_url)

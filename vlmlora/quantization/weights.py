@@ -84,7 +84,13 @@ class _Arrays:
             return jax.tree.map(slice_leaf, self)
         if not 0 <= index < self.stack:
             raise IndexError(f"layer {index} of a weight with {self.stack} layers")
-        return jax.tree.map(lambda leaf: leaf[index], self)
+        return jax.tree.map(functools.partial(_layer_of, index=index), self)
+
+
+def _layer_of(leaf: Leaf, index: int) -> Leaf:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+    return leaf[index]
 
 
 @jax.tree_util.register_dataclass
