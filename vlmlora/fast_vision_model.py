@@ -250,7 +250,8 @@ class FastVisionModel:
         With another `adapter_name` the model gets another adapter, which becomes the active one.
 
         The arguments and their defaults are Unsloth's and PEFT's; `vlmlora.lora.config.LoraConfig` explains
-        each, and `vlmlora.lora.selection.select` how modules are chosen.
+        each, and `vlmlora.lora.selection.select` how modules are chosen. After ``init_lora_weights="eva"``
+        call `vlmlora.lora.eva.initialize_lora_eva_weights`, which looks at data, before training.
 
         Args:
             model: from `from_pretrained`.

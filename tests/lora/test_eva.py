@@ -2,36 +2,23 @@
 
 import copy
 import warnings
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
 
-import jax
 import numpy as np
 import peft
 import pytest
-from flax import nnx
 from peft.tuners.lora.eva import initialize_lora_eva_weights as peft_eva
 from peft.utils.incremental_pca import IncrementalPCA as PeftPCA
 
 from tests.models.qwen2_5_vl_cases import Case, Visual, batches, random_torch_model, tiny_config
-from vlmlora.lora.apply import adapted_modules, add_adapters, trainable_parameters
-from vlmlora.lora.config import LoraConfig
+from vlmlora.fast_vision_model import FastVisionModel
+from vlmlora.lora.apply import adapted_modules, trainable_parameters
+from vlmlora.lora.config import EvaConfig
 from vlmlora.lora.eva import IncrementalPCA, initialize_lora_eva_weights
 from vlmlora.lora.peft_format import save_adapter
-from vlmlora.lora.selection import select
 from vlmlora.models.loading import load_model, read_config
-from vlmlora.models.module_table import module_table
 
 LANGUAGE = r".*language_model.*_proj"
-
-
-@dataclass
-class Model:
-    """As much of `FastVisionModel` as the start needs."""
-
-    module: nnx.Module
-    module_table: Any
-    lora_config: LoraConfig | None = None
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +39,11 @@ def model(data):
     directory, *_ = data
     config = read_config(directory)
     module = load_model(directory, config, dtype=np.float32, quantize=None, progress=False)
-    return Model(module, module_table(config))
+    return FastVisionModel(module, config, name_or_path=str(directory))
 
 
 def adapt(model, **arguments):
-    model.lora_config = LoraConfig(**arguments)
-    add_adapters(
-        model.module, select(model.module_table, model.lora_config), model.lora_config, jax.random.key(0)
-    )
+    FastVisionModel.get_peft_model(model, **arguments, random_state=0, verbose=False)
 
 
 def matrices(model):
@@ -184,7 +168,7 @@ def test_what_it_cannot_do_is_refused_and_changes_nothing(data, model):
     ]
     with pytest.raises(ValueError, match=r"at most 9 that count\) as EVA may give it ranks \(40\)"):
         initialize_lora_eva_weights(model, few)
-    model.lora_config = LoraConfig(r=40, init_lora_weights="eva", eva_config={"rho": 2})
+    model.lora_config = replace(model.lora_config, eva_config=EvaConfig(rho=2))
     with pytest.raises(ValueError, match="has 64 inputs, but EVA may give it 80 ranks"):
         initialize_lora_eva_weights(model, ours)
     for name, (A, *_) in matrices(model).items():
