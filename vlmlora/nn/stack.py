@@ -111,24 +111,26 @@ def scan_mixed_layers(
     *,
     order: Sequence[int],
     shared: PyTree = None,
+    constant: PyTree = None,
     per_layer: Sequence[PyTree] | None = None,
     key: PRNGKeyArray | None = None,
     remat: Remat | None = None,
 ) -> tuple[jax.Array, PyTree]:
     """Layers of several kinds in any order, as one ``jax.lax.scan`` that compiles each kind once.
 
-    A step calls ``x, y = calls[kind](layer, x, shared, per_layer[kind][i], key=key)`` for the i-th layer of
-    its kind. Frozen weights are read where they lie: none is copied into the order of the steps, and none is
-    saved for the backward pass. With jax before 0.12 the backward pass runs every layer again, whatever
-    `remat` would keep of it.
+    A step calls ``x, y = calls[kind](layer, x, shared, constant, per_layer[kind][i], key=key)`` for the i-th
+    layer of its kind. Frozen weights are read where they lie: none is copied into the order of the steps, and
+    none is saved for the backward pass. With jax before 0.12 the backward pass runs every layer again,
+    whatever `remat` would keep of it.
 
     Args:
         stacks: for each kind one layer's module in which every array has a leading axis over its layers.
         x: input of the first layer.
         calls: for each kind what applies one layer; returns the next layer's input and an output of its own.
-            The outputs have the same shapes in every kind.
+            The outputs have the same shapes in every kind. What is traced comes in as an argument.
         order: the kind of every step. Steps of one kind take its layers in order.
-        shared: arrays that every step reads; gradients flow to those of floating point.
+        shared: floating-point arrays that every step reads.
+        constant: arrays that every step reads; no gradient flows to them.
         per_layer: for each kind arrays with a leading axis over its layers; no gradient flows to them.
         key: split into one key a step for dropout; None for none.
         remat: wraps the body of the scan; the layer's input is named `LAYER_INPUT` inside of it.
@@ -145,14 +147,13 @@ def scan_mixed_layers(
         for kind, part in enumerate(parts)
     ]
     keys = None if key is None else jax.random.split(key, len(kinds))
-    differentiable, constant = _partition(shared)
 
     def branch(kind: int, constants: PyTree, operands: PyTree) -> tuple[jax.Array, PyTree]:
         frozen, arrays, constant, place, step_key = constants
-        x, trained, differentiable = operands
+        x, trained, shared = operands
         layer = parts[kind].layer(frozen[kind], place, trained[kind])
         arrays = None if arrays is None else jax.tree.map(lambda leaf: leaf[place], arrays[kind])
-        return calls[kind](layer, x, _combine(differentiable, constant), arrays, key=step_key)
+        return calls[kind](layer, x, shared, constant, arrays, key=step_key)
 
     branches = [functools.partial(branch, kind) for kind in range(len(stacks))]
     switch = _plain_switch if _SWITCH_KEEPS_NO_OPERANDS else _rerunning_switch
@@ -162,7 +163,7 @@ def scan_mixed_layers(
         kind, place, trained, step_key = step
         x = checkpoint_name(x, LAYER_INPUT)
         constants = (frozen, per_layer, constant, place, step_key)
-        return switch(branches, kind, constants, (x, trained, differentiable))
+        return switch(branches, kind, constants, (x, trained, shared))
 
     return jax.lax.scan(body if remat is None else remat(body), x, (kinds, places, trained, keys))
 
@@ -243,19 +244,6 @@ def _rerunning_switch(
 
     run.defvjp(forward, backward)
     return run(kind, constants, operands)
-
-
-def _partition(tree: PyTree) -> tuple[PyTree, PyTree]:
-    """The floating-point leaves of a tree and the others, with None in the place of what is missing."""
-    is_float = jax.tree.map(lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact), tree)
-    return (
-        jax.tree.map(lambda leaf, keep: leaf if keep else None, tree, is_float),
-        jax.tree.map(lambda leaf, keep: None if keep else leaf, tree, is_float),
-    )
-
-
-def _combine(first: PyTree, second: PyTree) -> PyTree:
-    return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None)
 
 
 def _is_weight(leaf: Any) -> bool:

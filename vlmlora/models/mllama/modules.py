@@ -5,6 +5,9 @@ in one list of the checkpoint: those with self-attention are stacked as ``layers
 to the images as ``cross_attention_layers``.
 """
 
+import functools
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -98,6 +101,10 @@ class CrossAttention(nnx.Module):
         return self.o_proj(sight.attend(query, keys, values).reshape(x.shape), key=key)
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["in_span", "num_tiles"], meta_fields=["max_tiles"]
+)
+@dataclass(frozen=True)
 class Sight:
     """Which tiles of the images each token sees.
 
@@ -105,40 +112,55 @@ class Sight:
     its row's images, unfilled ones included, as in transformers; but its feed-forward block adds nothing.
 
     Attributes:
-        sees: whether a token stands in the span of an image, [batch, tokens, 1].
-        has_image: whether the row has an image, [batch, 1, 1].
+        in_span: whether a token stands in the span of each image.
+        num_tiles: filled tiles of each image of a row; 0 where there is no image.
+        max_tiles: tiles of every image.
     """
 
-    def __init__(
-        self,
+    in_span: Bool[Array, "batch tokens images"]
+    num_tiles: Int[Array, "batch images"]
+    max_tiles: int
+
+    @classmethod
+    def of(
+        cls,
         position_ids: Int[Array, "batch tokens"],
         image_spans: Int[Array, "batch images 2"],
         num_tiles: Int[Array, "batch images"],
         max_tiles: int,
-    ):
+    ) -> "Sight":
+        """What tokens at these positions see."""
         positions = position_ids[:, :, None]
         starts, ends = image_spans[:, None, :, 0], image_spans[:, None, :, 1]
-        self._in_span = (positions >= starts) & (positions < ends) & (num_tiles > 0)[:, None]
-        self._num_tiles = num_tiles
-        self._max_tiles = max_tiles
-        self.sees = self._in_span.any(-1, keepdims=True)
-        self.has_image = (num_tiles > 0).any(-1)[:, None, None]
+        return cls(
+            (positions >= starts) & (positions < ends) & (num_tiles > 0)[:, None], num_tiles, max_tiles
+        )
+
+    @property
+    def sees(self) -> Bool[Array, "batch tokens 1"]:
+        """Whether a token stands in the span of an image."""
+        return self.in_span.any(-1, keepdims=True)
+
+    @property
+    def has_image(self) -> Bool[Array, "batch 1 1"]:
+        """Whether the row has an image."""
+        return (self.num_tiles > 0).any(-1)[:, None, None]
 
     def attend(self, query: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
         """Attention over the tiles in sight."""
-        images = self._num_tiles.shape[1]
-        patches = keys.shape[1] // (images * self._max_tiles)
+        images = self.num_tiles.shape[1]
+        patches = keys.shape[1] // (images * self.max_tiles)
         if images > 1:
             return attention(query, keys, values, mask=self._mask(patches))
         # Of one image a token sees the first tiles or all, and neither needs an array of tokens × patches.
-        filled = jnp.maximum(self._num_tiles[:, 0], 1) * patches
+        filled = jnp.maximum(self.num_tiles[:, 0], 1) * patches
         seen = attention(query, keys, values, kv_lengths=filled.astype(jnp.int32))
         return jnp.where(self.sees[..., None], seen, attention(query, keys, values))
 
     def _mask(self, patches: int) -> Bool[Array, "batch tokens image_tokens"]:
-        filled = jnp.arange(self._max_tiles) < self._num_tiles[:, :, None]
-        in_sight = self._in_span[..., None] & filled[:, None]
-        exists = jnp.broadcast_to((self._num_tiles > 0)[:, None, :, None], in_sight.shape)
+        filled = jnp.arange(self.max_tiles) < self.num_tiles[:, :, None]
+        in_sight = self.in_span[..., None] & filled[:, None]
+        exists = jnp.broadcast_to((self.num_tiles > 0)[:, None, :, None], in_sight.shape)
         tiles = jnp.where(self.sees[..., None], in_sight, exists)
         return jnp.repeat(tiles.reshape(*tiles.shape[:2], -1), patches, axis=-1)
 
@@ -252,18 +274,19 @@ class TextModel(nnx.Module):
         if images is not None:
             image_spans, num_tiles = images.image_spans, images.num_tiles
         has_images = features is not None or images is not None
-        sight = Sight(position_ids, image_spans, num_tiles, self.max_tiles) if has_images else None
+        sight = Sight.of(position_ids, image_spans, num_tiles, self.max_tiles) if has_images else None
 
-        def attend_to_text(layer, x, _, arrays, *, key):
-            layer_cache = None if cache is None else cache.text.with_layer(*arrays)
-            x, new = layer(x, angles, cache=layer_cache, key=key)
-            return x, None if cache is None else new
+        def attend_to_text(layer, x, _, constant, arrays, *, key):
+            angles, marks, _ = constant
+            x, new = layer(x, angles, cache=None if marks is None else KVCache(*arrays, *marks), key=key)
+            return x, None if marks is None else new
 
-        def attend_to_images(layer, x, features, arrays, *, key):
-            keys, values = layer.cross_attn.project(features, key=key) if images is None else arrays
+        def attend_to_images(layer, x, features, constant, arrays, *, key):
+            _, marks, sight = constant
+            keys, values = layer.cross_attn.project(features, key=key) if arrays is None else arrays
             x = layer(x, keys, values, sight, key=key)
             nothing = jnp.zeros((*x.shape[:2], self.num_key_value_heads, self.head_dim), x.dtype)
-            return x, None if cache is None else (nothing, nothing)
+            return x, None if marks is None else (nothing, nothing)
 
         order = [kind for kind in self.order if kind == _SELF or has_images]
         x, new = scan_mixed_layers(
@@ -272,6 +295,7 @@ class TextModel(nnx.Module):
             [attend_to_text, attend_to_images][: 1 + has_images],
             order=order,
             shared=features if images is None else None,
+            constant=(angles, None if cache is None else (cache.text.filled, cache.text.index), sight),
             per_layer=None
             if cache is None
             else [

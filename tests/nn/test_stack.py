@@ -1,0 +1,177 @@
+"""Layers of several kinds in one scan, against a loop over them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.jaxprs import equations
+from vlmlora.lora.layer import Lora
+from vlmlora.nn import stack
+from vlmlora.nn.linear import Linear
+from vlmlora.nn.norm import RMSNorm
+from vlmlora.nn.stack import scan_layers, scan_layers_and_keep, scan_mixed_layers
+from vlmlora.nn.trained import TrainedParameter
+from vlmlora.nn.variables import Trainable
+from vlmlora.quantization.weights import DenseWeight, NF4Weight
+from vlmlora.training import remat
+from vlmlora.training.remat import remat_policy
+
+WIDTH = 64
+ORDER = (0, 1, 1, 0, 1, 0, 0)
+
+
+class Layer(nnx.Module):
+    """A linear layer and a norm, whose arrays are random."""
+
+    def __init__(self, layers: int, seed: int, *, quantized: bool):
+        rng = np.random.default_rng(seed)
+        self.stack = layers
+        self.linear = Linear(WIDTH, WIDTH, dtype=jnp.float32, stack=layers)
+        self.norm = RMSNorm(WIDTH, eps=1e-6, dtype=jnp.float32, stack=layers)
+        weight = jnp.asarray(rng.normal(0, WIDTH**-0.5, (layers, WIDTH, WIDTH)), jnp.float32)
+        self.linear.weight.set_value(NF4Weight.quantize(weight) if quantized else DenseWeight(weight))
+        self.linear.bias.set_value(jnp.asarray(rng.normal(size=(layers, WIDTH)), jnp.float32))
+        self.norm.weight.set_value(jnp.asarray(rng.normal(size=(layers, WIDTH)), jnp.float32))
+        # An adapter on all layers but the first, and one trained bias of the last.
+        A, B = (jnp.asarray(rng.normal(0, 0.3, shape), jnp.float32) for shape in ((2, WIDTH), (WIDTH, 2)))
+        adapted = tuple(range(1, layers))
+        repeat = functools.partial(jnp.repeat, repeats=len(adapted), axis=0)
+        self.linear.adapter = Lora(repeat(A[None]), repeat(B[None]), jnp.ones(len(adapted)), layers=adapted)
+        self.linear.bias = TrainedParameter(
+            self.linear.bias,
+            self.linear.bias.get_value()[-1:] + 1,
+            dtype=jnp.float32,
+            is_weight=False,
+            layers=(layers - 1,),
+            is_partial=True,
+        )
+
+
+def even(layer, x, shared, constant, arrays, *, key):
+    x = jnp.tanh(layer.linear(layer.norm(x), key=key)) + constant * shared + arrays
+    return x, x.sum()
+
+
+def odd(layer, x, shared, constant, arrays, *, key):
+    x = jnp.sin(layer.linear(x, key=key) * shared) - constant * layer.norm(x) + arrays
+    return x, x.mean()
+
+
+def make(seed=0):
+    """Two stacks, the input and the arrays that the steps read."""
+    rng = np.random.default_rng(seed)
+    stacks = [Layer(ORDER.count(0), 1, quantized=True), Layer(ORDER.count(1), 2, quantized=False)]
+    x, shared = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3, WIDTH), (WIDTH,)))
+    arrays = [jnp.asarray(rng.normal(size=(each.stack, WIDTH)), jnp.float32) for each in stacks]
+    return stacks, x, shared, arrays
+
+
+def loss_of(run, graphdefs, frozen, arrays):
+    def loss(trained, x, shared):
+        stacks = [nnx.merge(*parts) for parts in zip(graphdefs, trained, frozen, strict=True)]
+        x, out = run(stacks, x, shared, jnp.float32(0.7), arrays)
+        return jnp.sum(x * jnp.cos(x)) + jnp.sum(out * jnp.arange(1.0, len(out) + 1))
+
+    return loss
+
+
+def in_a_loop(stacks, x, shared, constant, arrays):
+    """One layer after the other, by plain slices."""
+    out, seen = [], [0] * len(stacks)
+    for kind in ORDER:
+
+        def pick(layer, x, _, *, key, place=seen[kind], kind=kind):
+            mine = arrays[kind][place]
+            new, value = (even, odd)[kind](layer, x, shared, constant, mine, key=key)
+            return x, (new, value)
+
+        _, (news, values) = scan_layers(stacks[kind], x, pick)
+        x = news[seen[kind]]
+        out.append(values[seen[kind]])
+        seen[kind] += 1
+    return x, jnp.stack(out)
+
+
+@pytest.mark.parametrize("keeps_no_operands", [True, False], ids=["plain switch", "rerunning switch"])
+def test_mixed_layers_equal_a_loop(keeps_no_operands, monkeypatch):
+    """Value and every gradient, by each policy; no frozen weight is copied, stacked or saved."""
+    if keeps_no_operands and not stack._SWITCH_KEEPS_NO_OPERANDS:
+        pytest.skip("this jax returns what the backward pass of a conditional reads")
+    monkeypatch.setattr(stack, "_SWITCH_KEEPS_NO_OPERANDS", keeps_no_operands)
+    monkeypatch.setattr(remat, "_offloads_to_host", lambda: True)
+    stacks, x, shared, arrays = make()
+    graphdefs, trained, frozen = zip(*(nnx.split(each, Trainable, ...) for each in stacks), strict=True)
+    losses = [loss_of(in_a_loop, graphdefs, frozen, arrays)]
+    for policy in (False, True, "unsloth"):
+
+        def run(stacks, x, shared, constant, arrays, policy=policy):
+            return scan_mixed_layers(
+                stacks,
+                x,
+                [even, odd],
+                order=ORDER,
+                shared=shared,
+                constant=constant,
+                per_layer=arrays,
+                remat=remat_policy(policy),
+            )
+
+        losses.append(loss_of(run, graphdefs, frozen, arrays))
+        jaxpr = jax.make_jaxpr(jax.grad(losses[-1], argnums=(0, 1, 2)))(trained, x, shared)
+        sizes = {leaf.shape for each in frozen for leaf in jax.tree.leaves(each) if leaf.size >= WIDTH**2 / 2}
+        per_step = {(len(ORDER), *shape[1:]) for shape in sizes}
+        for equation in equations(jaxpr):
+            for out in equation.outvars:
+                assert out.aval.shape not in sizes | per_step, f"{policy}: {equation.primitive} {out.aval}"
+        on_host = any("<host>" in str(out.aval) for eqn in equations(jaxpr) for out in eqn.outvars)
+        assert on_host == (policy == "unsloth")
+
+    def all_of(trained, x, shared):
+        return [jax.value_and_grad(loss, argnums=(0, 1, 2))(trained, x, shared) for loss in losses]
+
+    (value, gradients), *others = jax.jit(all_of)(tuple(trained), x, shared)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(gradients))
+    for other_value, other_gradients in others:
+        np.testing.assert_allclose(other_value, value, rtol=1e-5)
+        # The same float32 products, added up in another order.
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max()),
+            other_gradients,
+            gradients,
+        )
+
+
+def test_the_program_does_not_grow_with_the_number_of_layers():
+    def size(order):
+        stacks = [Layer(order.count(kind), kind, quantized=False) for kind in (0, 1)]
+        arrays = [jnp.zeros((each.stack, WIDTH)) for each in stacks]
+        graphdefs, trained, frozen = zip(*(nnx.split(each, Trainable, ...) for each in stacks), strict=True)
+
+        def run(stacks, x, shared, constant, arrays):
+            remat = remat_policy(True)
+            given = {"shared": shared, "constant": constant, "per_layer": arrays, "remat": remat}
+            return scan_mixed_layers(stacks, x, [even, odd], order=order, **given)
+
+        loss = loss_of(run, graphdefs, frozen, arrays)
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(trained, jnp.zeros((3, WIDTH)), jnp.zeros(WIDTH))
+        return sum(1 for _ in equations(jaxpr))
+
+    assert size([0, 1, 1, 0]) == size([1, 0, 0, 0, 1] * 8)
+
+
+@pytest.mark.parametrize("keep", [(0,), (4, 1, 1, -2), (2, 0)])
+def test_kept_layers_are_those_of_a_loop(keep):
+    layers, (_, x, _, _) = Layer(5, 3, quantized=False), make()
+
+    def call(layer, x, _, *, key):
+        x = jnp.tanh(layer.linear(layer.norm(x), key=key))
+        return x, x
+
+    last, every = scan_layers(layers, x, call)
+    found, kept = scan_layers_and_keep(layers, x, call, keep)
+    np.testing.assert_allclose(found, last, rtol=1e-6)
+    np.testing.assert_allclose(kept, every[np.array(keep)], rtol=1e-6)
