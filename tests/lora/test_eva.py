@@ -4,6 +4,7 @@ import copy
 import warnings
 from dataclasses import replace
 
+import jax
 import numpy as np
 import peft
 import pytest
@@ -107,10 +108,11 @@ def test_subspaces_and_ranks_equal_pefts(data, model, tmp_path, rho):
         assert config.scaling_of(name) == pytest.approx(float(scaling))
         np.testing.assert_allclose(A @ A.T, np.eye(len(A)), atol=1e-3)
         if name in expected and wanted_ranks[name] == len(A):
-            # Both stop by randomised iterations: the spans agree up to what tau leaves open.
+            # Both stop by randomised iterations: the spans agree up to what tau leaves open. Random ones of
+            # four vectors in 64 dimensions would have 0.06 in common.
             wanted = expected[name].lora_A["default"].weight.detach().numpy()
             overlap = np.linalg.norm(A @ wanted.T) ** 2 / len(A)
-            assert overlap > 0.9, (name, overlap)
+            assert overlap > 0.8, (name, overlap)
             compared += 1
     assert compared >= 10
     assert trainable_parameters(model.module) == sum(A.size + B.size for A, B, _ in found.values())
@@ -170,6 +172,9 @@ def test_what_it_cannot_do_is_refused_and_changes_nothing(data, model):
         initialize_lora_eva_weights(model, few)
     model.lora_config = replace(model.lora_config, eva_config=EvaConfig(rho=2))
     with pytest.raises(ValueError, match="has 64 inputs, but EVA may give it 80 ranks"):
+        initialize_lora_eva_weights(model, ours)
+    model.module.mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    with pytest.raises(ValueError, match=r"call it before vlmlora\.distributed\.shard_model"):
         initialize_lora_eva_weights(model, ours)
     for name, (A, *_) in matrices(model).items():
         np.testing.assert_array_equal(A, before[name][0])

@@ -56,8 +56,8 @@ def initialize_lora_eva_weights(model: AdaptedModel, batches: Iterable[Batch]) -
             is a label; patches count where ``image_segment_ids`` says so.
 
     Raises:
-        ValueError: the model's adapters were not made for EVA, there are no batches, a rank exceeds the
-            module's input size, or no batch has as many tokens as a module may have ranks.
+        ValueError: the model's adapters were not made for EVA, it is cut over devices, there are no batches,
+            a rank exceeds the module's input size, or no batch has as many tokens as a module may have ranks.
     """
     config = model.lora_config
     if config is None or config.init_lora_weights != "eva" or config.eva_config is None:
@@ -65,6 +65,11 @@ def initialize_lora_eva_weights(model: AdaptedModel, batches: Iterable[Batch]) -
         raise ValueError(
             f"the model's init_lora_weights is {found!r}; call get_peft_model with "
             "init_lora_weights='eva' first"
+        )
+    if getattr(model.module, "mesh", None) is not None:
+        raise ValueError(
+            "EVA looks at a model on one device, and this one is cut over several; call it before "
+            "vlmlora.distributed.shard_model"
         )
     table = model.module_table
     specs = [spec for spec, *_ in adapted_modules(model.module, table)]
