@@ -2,12 +2,18 @@
 
 import re
 
-from transformers import MllamaForConditionalGeneration
+from transformers import (
+    MllamaConfig,
+    MllamaForConditionalGeneration,
+    MllamaImageProcessorPil,
+    MllamaProcessor,
+)
 
 from benchmarks.shapes import llama_3_2_11b_vision
-from tests.families.description import Case, Count, Description, Inputs
+from tests.families.description import Case, Count, Description, Inputs, ProcessorCase
 from tests.models.mllama_cases import EOS, IMAGE_TOKEN, Tiles, batches, tiny_config
 from tests.models.mllama_cases import Case as Rows
+from tests.processing.reference import picture, small_tokenizer
 
 SEVERAL = [[3, Tiles(1, 2), 5, Tiles(3, 1), 3], [1, Tiles(1, 1), Tiles(1, 3), 4], [9]]
 """Images that later ones replace, two that are seen together, and a row without an image."""
@@ -86,6 +92,56 @@ def before_4_52(name):
     return re.sub(r"^lm_head\.", "language_model.lm_head.", name.removeprefix("model."))
 
 
+# The behaviour of Llama 3.2 Vision's template.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+    "{% if part.type == 'image' %}<|image|>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}"
+    "<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+
+
+def reference_processor():
+    """transformers' processor with small tiles."""
+    tokenizer = small_tokenizer()
+    names = ("start_header_id", "end_header_id", "eot_id", "image", "python_tag", "begin_of_text")
+    tokens = [f"<|{name}|>" for name in names]
+    tokenizer.add_special_tokens({"bos_token": tokens[-1], "additional_special_tokens": tokens[:-1]})
+    return MllamaProcessor(
+        MllamaImageProcessorPil(size={"height": 28, "width": 28}, max_image_tiles=4),
+        tokenizer,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def processor_config(processor) -> MllamaConfig:
+    """A tiny model for that processor."""
+    config = tiny_config(
+        text={"vocab_size": len(processor.tokenizer)}, vision={"image_size": 28, "patch_size": 14}
+    )
+    config.image_token_index = processor.image_token_id
+    return config
+
+
+def conversations():
+    """One image, three of which two stand together, and text alone."""
+    wide, tall, small, large = (
+        {"type": "image", "image": picture(*size, seed=i)}
+        for i, size in enumerate([(90, 31), (20, 77), (13, 9), (150, 140)])
+    )
+    question, answer = {"type": "text", "text": "What is written?"}, {"type": "text", "text": "A number, 12"}
+    return [
+        [{"role": "user", "content": [wide, question]}],
+        [
+            {"role": "user", "content": [tall, question]},
+            {"role": "assistant", "content": [answer]},
+            {"role": "user", "content": [small, large, question]},
+        ],
+        [{"role": "user", "content": [question]}],
+    ]
+
+
 FAMILY = Description(
     model_class=MllamaForConditionalGeneration,
     cases=CASES,
@@ -102,5 +158,8 @@ FAMILY = Description(
     left_in_16_bit=(
         *("layers.0.mlp.down_proj", "layers.1.mlp.down_proj", "layers.1.cross_attn.k_proj"),
         *("transformer.layers.0.mlp.fc2", "global_transformer.layers.1.self_attn.q_proj"),
+    ),
+    processor=ProcessorCase(
+        reference=reference_processor, config=processor_config, conversations=conversations
     ),
 )

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import MllamaConfig, PreTrainedConfig
 
 from vlmlora.models.mllama.modules import MllamaForConditionalGeneration
+from vlmlora.models.mllama.shapes import batch_shapes
 from vlmlora.models.registry import Family, register
 
 
@@ -35,5 +36,6 @@ register(
         ),
         ignored_keys=(r"\.inv_freq$",),
         processor=_load_processor,
+        batch_shapes=batch_shapes,
     )
 )
