@@ -131,23 +131,27 @@ def shard_model(model: nnx.Module, family: Family, mesh: Mesh) -> None:
         raise ValueError("the model is on a mesh already; load it again to put it on another")
     shardings = parameter_shardings(model, family, mesh)
     for path, variable in nnx.to_flat_state(nnx.state(model)):
-        where, value = shardings.get(".".join(map(str, path))), variable.get_value()
+        where, value = shardings[".".join(map(str, path))], variable.get_value()
         if isinstance(where, Layout):
             variable.set_value(shard_weight(value, where))
         elif not isinstance(variable, Trainable):
-            variable.set_value(jax.device_put(value, where or NamedSharding(mesh, P())))
+            variable.set_value(jax.device_put(value, where))
     attach_mesh(model, mesh)
     place_trainable(model, mesh)
 
 
 def parameter_shardings(model: nnx.Module, family: Family, mesh: Mesh) -> dict[str, Layout | NamedSharding]:
-    """Path of every parameter that is cut → how: a linear layer's weight, or an embedding.
+    """Path of every parameter → how it lies on the mesh: a `Layout` for a linear layer's weight.
 
-    What is not in it lies on every device.
+    Args:
+        model: with arrays, or of shapes only.
+        family: its family.
+        mesh: the devices.
     """
-    found: dict[str, Layout | NamedSharding] = {
-        f"{path}.weight": layout for path, layout in layouts(model, family, mesh).items()
-    }
+    everywhere = NamedSharding(mesh, P())
+    paths = (".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model)))
+    found: dict[str, Layout | NamedSharding] = dict.fromkeys(paths, everywhere)
+    found |= {f"{path}.weight": layout for path, layout in layouts(model, family, mesh).items()}
     for path, module in nnx.iter_modules(model):
         if isinstance(module, Embedding):
             spec = ShardedTable.of(module.weight.get_value(), mesh).layout.spec

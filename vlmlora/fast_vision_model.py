@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int, PyTree
 from rich.console import Console
@@ -23,6 +24,7 @@ from transformers import PreTrainedConfig
 
 from vlmlora.compilation_cache import enable_compilation_cache
 from vlmlora.data.processing import VisionLanguageProcessor
+from vlmlora.distributed import attach_mesh, parameter_shardings, place_trainable
 from vlmlora.generation.greedy import greedy_decode
 from vlmlora.lora.adapters import DEFAULT, AdapterSet, weighted_adapter
 from vlmlora.lora.apply import add_adapters, trainable_parameters
@@ -133,6 +135,7 @@ class FastVisionModel:
         use_gradient_checkpointing: GradientCheckpointing = "unsloth",
         random_state: int = 3407,
         progress: bool = True,
+        mesh: Mesh | None = None,
         **unknown: Any,
     ) -> tuple["FastVisionModel", VisionLanguageProcessor]:
         """Load a model and its processor from a directory or a hub repository.
@@ -157,6 +160,8 @@ class FastVisionModel:
             use_gradient_checkpointing: a policy, see `vlmlora.training.remat.remat_policy`.
             random_state: Unsloth has it here too; loading draws nothing at random.
             progress: show a bar with bytes and rate.
+            mesh: many devices, from `vlmlora.distributed.make_mesh`. Each reads its part of the checkpoint,
+                and the adapters that the model gets are cut as well.
             unknown: refused.
 
         Returns:
@@ -189,9 +194,20 @@ class FastVisionModel:
         processor = VisionLanguageProcessor(
             family_of(config).processor(directory, config), max_seq_length=max_seq_length
         )
+        family, shardings = family_of(config), None
+        if mesh is not None:
+            shardings = parameter_shardings(family.model(config, dtype=dtype), family, mesh)
         module = load_model(
-            directory, config, dtype=dtype, quantize=quantize, trainable=full_finetuning, progress=progress
+            directory,
+            config,
+            dtype=dtype,
+            quantize=quantize,
+            trainable=full_finetuning,
+            progress=progress,
+            shardings=shardings,
         )
+        if mesh is not None:
+            attach_mesh(module, mesh)
         model = FastVisionModel(
             module,
             config,
@@ -206,6 +222,7 @@ class FastVisionModel:
         )
         if adapter is not None:
             model._adapters.add(DEFAULT, lambda: load_adapter_into(module, model.module_table, adapter))
+            _place_on_mesh(module)
         return model, processor
 
     @staticmethod
@@ -288,6 +305,7 @@ class FastVisionModel:
             return config
 
         model._adapters.add(adapter_name, build, config)
+        _place_on_mesh(model.module)
         model.use_gradient_checkpointing = use_gradient_checkpointing
         if verbose:
             Console().print(selection.summary())
@@ -671,6 +689,12 @@ class FastVisionModel:
             eos_token_ids=tuple(ends),
             pad_token_id=self.pad_token_id if pad_token_id is None else pad_token_id,
         )
+
+
+def _place_on_mesh(module: nnx.Module) -> None:
+    """Put a new adapter where its model is."""
+    if (mesh := getattr(module, "mesh", None)) is not None:
+        place_trainable(module, mesh)
 
 
 def default_dtype() -> DTypeLike:

@@ -3,7 +3,7 @@
 import functools
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from os import PathLike
 from pathlib import Path
@@ -11,7 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 from rich.console import Console
 from rich.progress import (
@@ -29,10 +31,20 @@ from vlmlora.models.load_plan import LoadMode, Parameter, Piece, plan_loading
 from vlmlora.models.registry import family_of
 from vlmlora.nn.variables import Frozen, Trainable
 from vlmlora.quantization.bitsandbytes import read as read_quantized
+from vlmlora.quantization.sharded import (
+    Layout,
+    ShardedWeight,
+    abstract_sharded,
+    quantize_sharded,
+    shard_weight,
+)
 from vlmlora.quantization.stacks import allocate, set_layer, stack_weights
 from vlmlora.quantization.weights import DenseWeight, INT8Weight, NF4Weight, Weight
 
 CONFIG_FILE = "config.json"
+
+Placement = Layout | NamedSharding
+"""How a parameter lies on a mesh: a linear layer's weight, or an array."""
 
 # What may be on its way to the device at a time: enough to keep the copies going.
 _IN_FLIGHT_BYTES = 2**27
@@ -125,6 +137,7 @@ def load_model(
     quantize: LoadMode = None,
     trainable: bool = False,
     progress: bool = True,
+    shardings: Mapping[str, Placement] | None = None,
 ) -> nnx.Module:
     """Build the model of `config` and fill it from a checkpoint.
 
@@ -141,6 +154,9 @@ def load_model(
             quantised is loaded as it is stored.
         trainable: make every parameter a `Trainable`, for full fine-tuning.
         progress: show a bar with bytes and rate, in a terminal or notebook.
+        shardings: path of every parameter → how it lies on a mesh; see
+            `vlmlora.distributed.parameter_shardings`. Each device's part is then read from the file and
+            quantised there; no device and no process ever holds a whole parameter that is cut.
 
     Raises:
         FileNotFoundError: there are no safetensors, or a shard is missing.
@@ -156,7 +172,7 @@ def load_model(
             f"full fine-tuning needs unquantised weights, but {len(quantized)} are quantised in {directory}: "
             f"{', '.join(quantized)}; load a 16-bit checkpoint, or train an adapter instead"
         )
-    values = _fill(parameters, progress=progress)
+    values = _fill(parameters, progress=progress, shardings=shardings or {})
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         variable.set_value(values[".".join(map(str, path))])
     if trainable:
@@ -164,9 +180,11 @@ def load_model(
     return model
 
 
-def _fill(parameters: Iterable[Parameter], *, progress: bool) -> dict[str, Any]:
+def _fill(
+    parameters: Iterable[Parameter], *, progress: bool, shardings: Mapping[str, Placement]
+) -> dict[str, Any]:
     """The arrays of every parameter, by path."""
-    values = {p.path: _allocate(p) for p in parameters if p.stack is not None}
+    values = {p.path: _allocate(p, shardings.get(p.path)) for p in parameters if p.stack is not None}
     # In the order of the files, which is the order in which a disk reads fastest.
     pieces = sorted(
         ((p.path, piece) for p in parameters for piece in p.pieces), key=lambda entry: entry[1].position
@@ -177,7 +195,7 @@ def _fill(parameters: Iterable[Parameter], *, progress: bool) -> dict[str, Any]:
         ahead = _read_ahead([piece for _, piece in pieces])
         for path, piece in pieces:
             next(ahead)
-            value = _read(piece)
+            value = _read(piece) if path not in shardings else _read_parts(piece, shardings[path])
             in_flight.append((value, piece.nbytes))
             if piece.layer is None:
                 values[path] = value
@@ -202,7 +220,8 @@ def _read_ahead(pieces: list[Piece]) -> Iterator[None]:
     ahead = requested = done = 0
     for piece in pieces:
         done += piece.nbytes
-        while ahead < len(pieces) and requested < done + _READ_AHEAD_BYTES:
+        # With several processes each reads a part, and which pages hold it is not known here.
+        while jax.process_count() == 1 and ahead < len(pieces) and requested < done + _READ_AHEAD_BYTES:
             for tensor in pieces[ahead].tensors.values():
                 tensor.prefetch()
             requested += pieces[ahead].nbytes
@@ -228,6 +247,25 @@ def _read(piece: Piece) -> jax.Array | Weight:
     return DenseWeight(array) if isinstance(piece.target, DenseWeight) else array
 
 
+def _read_parts(piece: Piece, where: Placement) -> jax.Array | Weight:
+    """The same on a mesh, of which each device's part alone is read."""
+    arrays = {key: tensor.read() for key, tensor in piece.tensors.items()}
+    if piece.is_stored_quantized:
+        return shard_weight(read_quantized(piece.module_name, arrays), where)
+    array = arrays[piece.name]
+    if isinstance(piece.target, NF4Weight | INT8Weight):
+        return quantize_sharded(array, piece.target, where, dtype=piece.dtype)
+    sharding = NamedSharding(where.mesh, where.spec)
+    parts = jax.make_array_from_callback(array.shape, sharding, lambda index: np.array(array[index]))
+    if parts.dtype != piece.dtype:
+        parts = jax.jit(_cast, static_argnums=1, out_shardings=sharding)(parts, piece.dtype)
+    return (
+        ShardedWeight(DenseWeight(parts), array.shape, where)
+        if isinstance(piece.target, DenseWeight)
+        else parts
+    )
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def _cast(array, dtype):
     return array.astype(dtype)
@@ -244,11 +282,12 @@ def _set_array(stack, layer, array):
     return jax.lax.dynamic_update_index_in_dim(stack, array, layer, axis=0)
 
 
-def _allocate(parameter: Parameter) -> jax.Array | Weight:
+def _allocate(parameter: Parameter, where: Placement | None) -> jax.Array | Weight:
     targets = [piece.target for piece in parameter.pieces]
     if isinstance(targets[0], Weight):
-        return allocate(stack_weights(targets))
-    return jnp.zeros((parameter.stack, *targets[0].shape), targets[0].dtype)
+        stack = stack_weights(targets)
+        return allocate(stack if where is None else abstract_sharded(stack, where))
+    return jnp.zeros((parameter.stack, *targets[0].shape), targets[0].dtype, device=where)
 
 
 def _progress_bar(shown: bool, total: int) -> AbstractContextManager[Callable[[int], None]]:

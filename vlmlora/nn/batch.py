@@ -1,8 +1,14 @@
-"""What a batch holds beside the model's inputs."""
+"""What a batch holds beside the model's inputs, and how its images reach their rows."""
 
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from vlmlora.quantization.sharded import BATCH, batch_shards
 
 
 def model_inputs(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -13,3 +19,36 @@ def model_inputs(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     hold several samples come with ``segment_ids``, which the model does read.
     """
     return {name: array for name, array in batch.items() if name not in ("labels", "attention_mask")}
+
+
+def put_image_tokens(
+    embeds: Float[Array, "batch tokens d_model"],
+    features: Float[Array, "image_tokens d_model"],
+    index: Int[Array, "batch tokens"],
+    mesh: Mesh | None = None,
+) -> Float[Array, "batch tokens d_model"]:
+    """Put the vision tower's output where a row's image tokens stand.
+
+    Args:
+        embeds: embeddings of the text.
+        features: of all images of the batch, one after another.
+        index: for an image token, its place in `features`; -1 elsewhere.
+        mesh: the devices of a model on many. A row's images may lie on others than the row, so that the
+            features of all are gathered once.
+    """
+
+    def take(features: jax.Array, index: jax.Array) -> jax.Array:
+        return features[jnp.where(index >= 0, index, 0)]
+
+    def gather_and_take(features: jax.Array, index: jax.Array) -> jax.Array:
+        return take(jax.lax.all_gather(features, BATCH, tiled=True), index)
+
+    shards = batch_shards(mesh)
+    if mesh is not None and index.shape[0] % shards == features.shape[0] % shards == 0:
+        rows = P(BATCH)
+        found = jax.shard_map(gather_and_take, mesh=mesh, in_specs=(rows, rows), out_specs=rows)(
+            features, index
+        )
+    else:
+        found = take(features, index)
+    return jnp.where((index >= 0)[..., None], found, embeds)

@@ -18,6 +18,7 @@ over both axes instead; the devices then gather and decode it whole, and multipl
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,7 +30,12 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
 from vlmlora.quantization.weights import DenseWeight, INT8Weight, MixedWeight, NF4Weight, Shape, Weight
-from vlmlora_kernels.nf4 import NESTED_BLOCKSIZE, NestedAbsmax
+from vlmlora_kernels.nf4 import (
+    NESTED_BLOCKSIZE,
+    NestedAbsmax,
+    double_quantize,
+    quantize_4bit,
+)
 
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 """The axes of a mesh."""
@@ -119,6 +125,15 @@ class ShardedWeight:
     def nbytes(self) -> int:
         """Bytes of all arrays, each counted once however many devices hold it."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.parts))
+
+    @property
+    def value(self) -> Any:
+        """The array of a dense weight.
+
+        Raises:
+            AttributeError: the weight is quantised.
+        """
+        return self.parts.value
 
     def layer(self, index: int | Int[Array, ""]) -> "ShardedWeight":
         """The weight of one layer of a stack.
@@ -301,6 +316,30 @@ class FourBitParts:
         width = self.shape[1] // self.blocksize
         return fine.reshape(self.whole[0], -1)[:, number * width : (number + 1) * width].reshape(-1)
 
+    def cut_elements(self, matrix: np.ndarray, number: int, start: int, stop: int) -> np.ndarray:
+        """Elements `start` to `stop` of one part, in its own order; zeros after the last.
+
+        Of a matrix that is a view of a mapped file no other elements are read, but for those of a row that
+        the run divides.
+        """
+        rows, columns = self.shape
+        stop, length = min(stop, rows * columns), stop - start
+        if self.cut == "columns":
+            first, last = start // columns, -(-stop // columns)
+            block = matrix[first:last, number * columns : (number + 1) * columns].reshape(-1)
+            run = block[start - first * columns : max(stop - first * columns, 0)]
+        else:
+            offset = number * rows * columns if self.cut == "rows" else 0
+            run = matrix.reshape(-1)[offset + start : offset + max(stop, start)]
+        return np.pad(run, (0, length - run.size))
+
+    def restore_order(self, scales: jax.Array) -> jax.Array:
+        """The whole matrix's scales from those of all parts [count, blocks], if the blocks are its own."""
+        if self.cut != "columns":
+            return scales.reshape(-1)
+        by_row = scales.reshape(self.count, self.whole[0], -1)
+        return jnp.moveaxis(by_row, 0, 1).reshape(-1)
+
     def cut_nested(self, absmax: Any, number: int) -> Any:
         """The scales of one part's scales, unpadded; only where `keeps_nested`."""
         if self.cut is None:
@@ -311,14 +350,12 @@ class FourBitParts:
 def abstract_sharded(weight: Weight, layout: Layout) -> Weight:
     """Shapes, types and shardings of `shard_weight`'s result, from a weight of arrays or of shapes.
 
-    A `MixedWeight` stays one, with sharded pools. A layer axis is kept.
+    A layer axis is kept. A `MixedWeight` stays one, with sharded pools.
     """
     if isinstance(weight, MixedWeight):
-        replicated = NamedSharding(layout.mesh, P())
-        per_layer = [
-            jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated) for a in (weight.kind, weight.index)
-        ]
-        return MixedWeight(tuple(abstract_sharded(pool, layout) for pool in weight.pools), *per_layer)
+        pools = tuple(abstract_sharded(pool, layout) for pool in weight.pools)
+        everywhere = NamedSharding(layout.mesh, P())
+        return MixedWeight(pools, *jax.device_put((weight.kind, weight.index), everywhere))
     stack, lead = weight.stack, () if weight.stack is None else (weight.stack,)
     parts = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), weight)
     if isinstance(weight, NF4Weight):
@@ -359,45 +396,115 @@ def shard_weight(weight: Weight, layout: Layout) -> Weight:
     """
     abstract = abstract_sharded(weight, layout)
     if isinstance(weight, MixedWeight):
-        per_layer = [
-            jax.device_put(np.asarray(a), abstract.kind.sharding) for a in (weight.kind, weight.index)
-        ]
-        return MixedWeight(tuple(shard_weight(pool, layout) for pool in weight.pools), *per_layer)
+        pools = tuple(shard_weight(pool, layout) for pool in weight.pools)
+        return dataclasses.replace(abstract, pools=pools)
     if weight.stack is not None:
+
+        def stack_leaves(*layers: ShardedWeight) -> ShardedWeight:
+            return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+
         layers = [shard_weight(weight.layer(i), layout) for i in range(weight.stack)]
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        return jax.jit(
-            lambda *layers: jax.tree.map(lambda *a: jnp.stack(a), *layers), out_shardings=shardings
-        )(*layers)
+        return jax.jit(stack_leaves, out_shardings=shardings)(*layers)
     host = jax.tree.map(np.asarray, weight)
     if not isinstance(weight, NF4Weight):
         return dataclasses.replace(abstract, parts=jax.tree.map(_from_host, host, abstract.parts))
     return dataclasses.replace(abstract, parts=_four_bit_from_host(host, abstract.parts, layout))
 
 
+def quantize_sharded(
+    matrix: np.ndarray, target: Weight, layout: Layout, *, dtype: DTypeLike
+) -> ShardedWeight:
+    """Quantise a matrix [out, in] part by part; codes and scales are the whole matrix's, bit for bit.
+
+    Each device gets the elements whose codes it will store, and finds their scales. The scales, one for 64
+    elements, are gathered to be quantised themselves. A 4-bit matrix whose blocks the cut divides is
+    quantised by each process as a whole.
+
+    Args:
+        matrix: on the host; of a view of a mapped file each process reads its devices' parts.
+        target: shapes of the unsharded result.
+        layout: how to cut it.
+        dtype: what the matrix is cast to first.
+    """
+    if isinstance(target, INT8Weight):
+        where = NamedSharding(layout.mesh, layout.spec)
+        array = jax.make_array_from_callback(matrix.shape, where, lambda index: np.array(matrix[index]))
+        parts = _int8_quantizer(layout, jnp.dtype(dtype))(array)
+        return ShardedWeight(parts, tuple(target.shape), layout)
+    cut = FourBitParts.of(target.shape, target.blocksize, layout)
+    if cut.blocksize != target.blocksize or math.prod(target.shape) % target.blocksize:
+        return shard_weight(NF4Weight.quantize(jnp.asarray(matrix).astype(dtype)), layout)
+    where = P(None, (TENSOR, FSDP), None) if cut.cut is None else P(TENSOR, FSDP, None)
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        (first, last, _), (start, stop, _), _ = (s.indices(n) for s, n in zip(index, shape, strict=True))
+        runs = [cut.cut_elements(matrix, n, *(start * size, stop * size)) for n in range(first, last)]
+        return np.stack(runs).reshape(last - first, stop - start, size)
+
+    size = cut.blocksize
+    shape = (cut.count, cut.padded(cut.blocks), size)
+    blocks = jax.make_array_from_callback(shape, NamedSharding(layout.mesh, where), read)
+    codes, absmax = _quantizer(cut, layout, where, np.dtype(dtype).name)(blocks)
+    # On the host, where a product and a sum round twice whatever surrounds them.
+    absmax = jax.tree.map(np.asarray, jax.jit(double_quantize)(absmax) if target.double_quant else absmax)
+    sharded = abstract_sharded(target, layout)
+    parts = dataclasses.replace(
+        sharded.parts, codes=codes, absmax=_scales_from_host(absmax, sharded.parts.absmax, cut)
+    )
+    return dataclasses.replace(sharded, parts=parts)
+
+
+@functools.cache
+def _int8_quantizer(layout: Layout, dtype: np.dtype) -> Any:
+    where = specs(INT8Weight(None, None), (0, 0), layout)
+    shardings = jax.tree.map(functools.partial(NamedSharding, layout.mesh), where)
+    return jax.jit(lambda matrix: INT8Weight.quantize(matrix.astype(dtype)), out_shardings=shardings)
+
+
+@functools.cache
+def _quantizer(cut: FourBitParts, layout: Layout, where: P, dtype: str) -> Any:
+    """A program: elements by part and block → the parts' codes, and the whole matrix's scales everywhere."""
+
+    def quantize(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
+        codes, absmax = quantize_4bit(blocks[0].astype(dtype))
+        axes = (TENSOR, FSDP) if cut.cut is None else FSDP
+        absmax = jax.lax.all_gather(absmax, axes, tiled=True)[None, : cut.blocks]
+        if cut.cut is not None:
+            absmax = jax.lax.all_gather(absmax, TENSOR, tiled=True)
+        return codes[None], cut.restore_order(absmax)
+
+    return jax.jit(_on_mesh(quantize, layout, (where,), (P(*where[:2]), P())))
+
+
 def _four_bit_from_host(host: NF4Weight, target: NF4Weight, layout: Layout) -> NF4Weight:
     cut = FourBitParts.of(host.shape, host.blocksize, layout)
+    codes = _flat_from_host(cut.cut_codes, host.codes, target.codes)
+    return dataclasses.replace(target, codes=codes, absmax=_scales_from_host(host.absmax, target.absmax, cut))
 
-    def flat(cut_one, array, leaf):
-        def read(index):
-            numbers, run = (s.indices(n) for s, n in zip(index, leaf.shape, strict=True))
-            return np.stack([_padded_run(cut_one(array, n), *run[:2]) for n in range(*numbers)])
 
-        return jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
+def _scales_from_host(absmax: Any, target: Any, cut: FourBitParts) -> Any:
+    """The parts' scales from the whole matrix's."""
+    if not isinstance(absmax, NestedAbsmax):
+        return _flat_from_host(cut.cut_scales, absmax, target)
+    if not cut.keeps_nested:
+        return _flat_from_host(cut.cut_scales, _plain_scales(absmax), target)
+    return NestedAbsmax(
+        codes=_flat_from_host(cut.cut_scales, absmax.codes, target.codes),
+        absmax=_flat_from_host(cut.cut_nested, absmax.absmax, target.absmax),
+        code=_from_host(absmax.code, target.code),
+        offset=_from_host(absmax.offset, target.offset),
+    )
 
-    absmax = host.absmax
-    if host.double_quant and not cut.keeps_nested:
-        absmax = _plain_scales(absmax)
-    if isinstance(absmax, NestedAbsmax):
-        absmax = NestedAbsmax(
-            codes=flat(cut.cut_scales, absmax.codes, target.absmax.codes),
-            absmax=flat(cut.cut_nested, absmax.absmax, target.absmax.absmax),
-            code=_from_host(absmax.code, target.absmax.code),
-            offset=_from_host(absmax.offset, target.absmax.offset),
-        )
-    else:
-        absmax = flat(cut.cut_scales, absmax, target.absmax)
-    return dataclasses.replace(target, codes=flat(cut.cut_codes, host.codes, target.codes), absmax=absmax)
+
+def _flat_from_host(cut_one: Callable[..., np.ndarray], array: np.ndarray, leaf: Any) -> jax.Array:
+    """Padded runs [parts, length] of a flat array, of which `cut_one` gives a part."""
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        (first, last, _), (start, stop, _) = (s.indices(n) for s, n in zip(index, leaf.shape, strict=True))
+        return np.stack([_padded_run(cut_one(array, n), start, stop) for n in range(first, last)])
+
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
 
 
 def _plain_scales(nested: NestedAbsmax) -> np.ndarray:

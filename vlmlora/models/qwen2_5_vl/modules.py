@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from transformers import PreTrainedConfig
 
 from vlmlora.nn.attention import attention
+from vlmlora.nn.batch import put_image_tokens
 from vlmlora.nn.cache import KVCache
 from vlmlora.nn.linear import Embedding, Linear
 from vlmlora.nn.mlp import GatedMLP, gelu
@@ -403,10 +404,7 @@ class Qwen2_5_VLForConditionalGeneration(nnx.Module):
                 pixel_values, patch_positions, image_segment_ids, remat=remat, key=vision_key
             )
             features = features.reshape(-1, features.shape[-1]).astype(embeds.dtype)
-            is_image = image_token_index >= 0
-            embeds = jnp.where(
-                is_image[..., None], features[jnp.where(is_image, image_token_index, 0)], embeds
-            )
+            embeds = put_image_tokens(embeds, features, image_token_index, getattr(self, "mesh", None))
         return self.model.language_model(
             embeds, position_ids, segment_ids, cache=cache, remat=remat, key=text_key
         )
