@@ -40,12 +40,11 @@ from vlmlora.quantization.sharded import (
     TENSOR,
     Layout,
     ShardedTable,
-    ShardedWeight,
     batch_shards,
+    layout_of,
     matrix_spec,
     shard_weight,
 )
-from vlmlora.quantization.weights import Weight
 
 __all__ = [
     "BATCH",
@@ -277,18 +276,10 @@ def _trainable(model: nnx.Module, mesh: Mesh, *, over_fsdp: bool):
         if linear.adapter is None:
             continue
         weight = linear.weight.get_value()
-        layout = weight_layout(weight)
+        layout = layout_of(weight)
         for path, variable in nnx.to_flat_state(nnx.state(linear.adapter, Trainable)):
             spec = _adapter_spec(str(path[-1]), variable.get_value().shape, layout, mesh, over_fsdp=over_fsdp)
             yield variable, NamedSharding(mesh, spec)
-
-
-def weight_layout(weight: Weight) -> Layout | None:
-    """The layout of a sharded weight, or of a mixed one's pools."""
-    if isinstance(weight, ShardedWeight):
-        return weight.layout
-    pools = getattr(weight, "pools", ())
-    return weight_layout(pools[0]) if pools else None
 
 
 def _adapter_spec(

@@ -393,6 +393,7 @@ class FastVisionModel:
             read_adapter_config(directory),
             activate=False,
         )
+        _place_on_mesh(self.module)
 
     def set_adapter(self, adapter_name: str) -> None:
         """Compute with and train another adapter; the others are kept beside the model, out of every loss.
@@ -403,6 +404,7 @@ class FastVisionModel:
             ValueError: there is none of that name.
         """
         self._adapters.activate(adapter_name)
+        _place_on_mesh(self.module)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter. If it was the active one, the first of the others takes its place.

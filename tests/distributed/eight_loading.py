@@ -30,24 +30,22 @@ def load(directory, quantize=None, mesh=None):
     return module
 
 
-@pytest.fixture(scope="module")
-def stored(tmp_path_factory):
-    """Directories of the bundled model: in 16 bit, as bitsandbytes' NF4, and with a layer left in 16 bit."""
-    nf4 = load(bundled_model(), "nf4")
-    directories = {"bf16": bundled_model()}
-    for kind in ("nf4", "dynamic"):
-        directory = directories[kind] = tmp_path_factory.mktemp(kind)
-        (directory / "config.json").write_text((bundled_model() / "config.json").read_text())
-        dense = dict(_parameters(load(bundled_model()))) if kind == "dynamic" else {}
-        tensors = {}
-        for name, value in _parameters(nf4):
-            if isinstance(value, NF4Weight) and not (dense and ".layers.1." in name):
-                tensors |= bitsandbytes.write(name.removesuffix(".weight"), value)
-            else:
-                value = dense.get(name, value)
-                tensors[name] = np.asarray(getattr(value, "value", value))
-        save_file(tensors, directory / "model.safetensors")
-    return directories
+@pytest.fixture
+def directory(kind, tmp_path):
+    """The bundled model: in 16 bit, as bitsandbytes' NF4, or with a layer of that left in 16 bit."""
+    if kind == "bf16":
+        return bundled_model()
+    dense = dict(_parameters(load(bundled_model()))) if kind == "dynamic" else {}
+    tensors = {}
+    for name, value in _parameters(load(bundled_model(), "nf4")):
+        if isinstance(value, NF4Weight) and not (dense and ".layers.1." in name):
+            tensors |= bitsandbytes.write(name.removesuffix(".weight"), value)
+        else:
+            value = dense.get(name, value)
+            tensors[name] = np.asarray(getattr(value, "value", value))
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((bundled_model() / "config.json").read_text())
+    return tmp_path
 
 
 def _parameters(module):
@@ -67,14 +65,14 @@ def _value_at(module, path):
     ("kind", "quantize"),
     [
         ("bf16", "nf4"),
-        ("dynamic", None),
+        pytest.param("dynamic", None, marks=pytest.mark.slow),
         pytest.param("bf16", None, marks=pytest.mark.slow),
         pytest.param("bf16", "int8", marks=pytest.mark.slow),
         pytest.param("nf4", None, marks=pytest.mark.slow),
     ],
 )
-def test_each_device_reads_its_part(stored, kind, quantize):
-    module, wanted = load(stored[kind], quantize, MESH), load(stored[kind], quantize)
+def test_each_device_reads_its_part(directory, quantize):
+    module, wanted = load(directory, quantize, MESH), load(directory, quantize)
     for (name, ours), (_, theirs) in zip(_parameters(module), _parameters(wanted), strict=True):
         if isinstance(theirs, Weight):
             ours, theirs = (weight.dequantize("float32") for weight in (ours, theirs))
@@ -86,11 +84,11 @@ def test_each_device_reads_its_part(stored, kind, quantize):
             planned = jax.tree.leaves(abstract_sharded(theirs, layout))
             for found, plan in zip(jax.tree.leaves(ours), planned, strict=True):
                 assert found.sharding.is_equivalent_to(plan.sharding, found.ndim), path
+    assert_each_device_holds_its_share(module)
 
 
-def test_a_device_holds_its_share(stored):
-    module = load(stored["bf16"], "nf4", MESH)
-    weights = [v.get_value() for _, v in nnx.to_flat_state(nnx.state(module))]
+def assert_each_device_holds_its_share(module):
+    weights = [variable.get_value() for _, variable in nnx.to_flat_state(nnx.state(module))]
     cut = [weight for weight in weights if isinstance(weight, ShardedWeight)]
     total = sum(weight.nbytes for weight in cut)
     for i in range(8):

@@ -14,6 +14,7 @@ from nbformat.v4 import new_code_cell
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 FUNCTIONAL = FOLDER / "01_functional_finetune.ipynb"
+MANY_DEVICES = FOLDER / "03_multi_gpu_pjit.ipynb"
 
 
 def execute(path, directory, *, parameters=None, report=()):
@@ -55,8 +56,20 @@ def test_the_functional_loop_learns_to_read_handwriting(tmp_path, parameters, le
     assert found["accuracy_after"] - found["accuracy_before"] >= 0.25
 
 
+def test_a_few_steps_on_eight_virtual_devices(tmp_path):
+    parameters = {"STEPS": 6, "TEST_STRINGS": 16}
+    losses = execute(MANY_DEVICES, tmp_path, parameters=parameters, report=("losses",))["losses"]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+@pytest.mark.slow
+def test_the_loop_on_eight_virtual_devices_learns_as_on_one(tmp_path):
+    found = execute(MANY_DEVICES, tmp_path, report=("accuracy_before", "accuracy_after"))
+    assert found["accuracy_after"] >= 0.85
+
+
 def test_no_notebook_is_left_out():
-    assert NOTEBOOKS == [FUNCTIONAL]
+    assert NOTEBOOKS == [FUNCTIONAL, MANY_DEVICES]
 
 
 def test_a_notebook_that_fails_is_an_error(tmp_path):

@@ -30,6 +30,7 @@ from vlmlora.models.saving import MAX_SHARD_SIZE, Tensor, main_dtype, plain_conf
 from vlmlora.nn.linear import Linear
 from vlmlora.nn.trained import RowsWeight, TrainedRows
 from vlmlora.quantization.bitsandbytes import read as read_quantized
+from vlmlora.quantization.sharded import abstract_sharded, layout_of, reshard_dense
 from vlmlora.quantization.stacks import allocate, set_layer
 from vlmlora.quantization.weights import DenseWeight, Weight
 
@@ -331,17 +332,22 @@ def _merge_weights(
     weight = linear.weight.get_value()
     keeps_type = isinstance(weight, DenseWeight)
     dtype = weight.value.dtype if keeps_type else dtype
+    layout = layout_of(weight)
 
-    def merged(name: str, layer: Weight) -> DenseWeight:
+    def merged(name: str, layer: Weight) -> Weight:
         change = changes.get(f"{name}.weight")
         dense = layer.dequantize(jnp.float32)
-        return DenseWeight((dense if change is None else change.apply(dense)).astype(dtype))
+        result = DenseWeight((dense if change is None else change.apply(dense)).astype(dtype))
+        return result if layout is None else reshard_dense(result, layout)
 
     if linear.stack is None:
         linear.weight.set_value(merged(specs[0].name, weight))
         return
     names = {spec.layer: spec.name for spec in specs}
-    stack = weight if keeps_type else allocate(DenseWeight.abstract(*weight.shape, dtype, linear.stack))
+    stack = weight
+    if not keeps_type:
+        abstract = DenseWeight.abstract(*weight.shape, dtype, linear.stack)
+        stack = allocate(abstract if layout is None else abstract_sharded(abstract, layout))
     for layer in names if keeps_type else range(linear.stack):
         stack = set_layer(stack, layer, merged(names.get(layer, ""), weight.layer(layer)))
         weight = stack if keeps_type else weight

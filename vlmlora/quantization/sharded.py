@@ -412,6 +412,19 @@ def shard_weight(weight: Weight, layout: Layout) -> Weight:
     return dataclasses.replace(abstract, parts=_four_bit_from_host(host, abstract.parts, layout))
 
 
+def layout_of(weight: Weight) -> Layout | None:
+    """The layout of a sharded weight, or of a mixed one's pools; None for a weight of one device."""
+    if isinstance(weight, MixedWeight):
+        return layout_of(weight.pools[0])
+    return weight.layout if isinstance(weight, ShardedWeight) else None
+
+
+def reshard_dense(weight: DenseWeight, layout: Layout) -> ShardedWeight:
+    """A dense weight of one layer that is on the devices already, cut as a layout says."""
+    value = jax.device_put(weight.value, NamedSharding(layout.mesh, layout.spec))
+    return ShardedWeight(DenseWeight(value), tuple(weight.shape), layout)
+
+
 def quantize_sharded(
     matrix: np.ndarray, target: Weight, layout: Layout, *, dtype: DTypeLike
 ) -> ShardedWeight:

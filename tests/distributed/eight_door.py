@@ -1,0 +1,74 @@
+"""The door on eight devices: train, read, save and merge a model of which no device holds the whole."""
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from vlmlora import FastVisionModel, adamw, fit, init_train_state, make_loss_fn, make_train_step
+from vlmlora.data.loader import make_batches
+from vlmlora.demo.handwriting import bundled_model
+from vlmlora.demo.handwritten_digits import handwritten_samples
+from vlmlora.demo.text_image import reading_messages
+from vlmlora.distributed import make_mesh
+from vlmlora.quantization.sharded import ShardedWeight
+
+pytestmark = pytest.mark.slow
+
+MESH = make_mesh(data=2, fsdp=2, tensor=2)
+
+
+def trained(mesh):
+    """The bundled model after two steps, what it says, and its processor."""
+    model, processor = FastVisionModel.from_pretrained(bundled_model(), progress=False, mesh=mesh)
+    model = FastVisionModel.get_peft_model(model, r=4, use_gradient_checkpointing=True, verbose=False)
+    samples = handwritten_samples("train", 8, seed=1)
+    rows = [processor.encode(reading_messages(sample, answer=True)) for sample in samples]
+    batches = make_batches(rows, processor, batch_size=8, num_epochs=None)
+    graphdef, adapters, frozen = model.split()
+    # Large steps, so that two of them change what the model says.
+    optimizer = adamw(2e-2, total_steps=3, warmup_steps=1)
+    step = make_train_step(make_loss_fn(graphdef, gradient_checkpointing=True), optimizer)
+    state, history = fit(step, init_train_state(adapters, optimizer), frozen, batches, total_steps=2)
+    model.update(state.adapters)
+    prompts = [
+        processor.encode(reading_messages(s, answer=False), labels=False, add_generation_prompt=True)
+        for s in samples
+    ]
+    tokens = model.generate(processor.collate(prompts), max_new_tokens=4)
+    return model, history, np.asarray(tokens)
+
+
+@pytest.fixture(scope="module")
+def both():
+    return trained(MESH), trained(None)
+
+
+def test_training_and_reading_are_those_of_one_device(both):
+    (model, history, tokens), (_, wanted_history, wanted_tokens) = both
+    np.testing.assert_allclose(history.losses, wanted_history.losses, rtol=1e-4)
+    np.testing.assert_array_equal(tokens, wanted_tokens)
+    for leaf in jax.tree.leaves(model.split()):
+        assert not hasattr(leaf, "sharding") or leaf.sharding.mesh == MESH
+
+
+def test_adapter_and_merged_checkpoint_are_those_of_one_device(both, tmp_path):
+    for name, (model, *_) in zip(("mesh", "device"), both, strict=True):
+        model.save_pretrained(tmp_path / name / "adapter")
+        model.save_pretrained_merged(tmp_path / name / "merged", dtype="float32")
+    for file in ("adapter/adapter_model.safetensors", "merged/model.safetensors"):
+        found, wanted = (load_file(tmp_path / name / file) for name in ("mesh", "device"))
+        assert found.keys() == wanted.keys()
+        for key, array in found.items():
+            # Adam's first steps have the size of the learning rate and the gradient's sign, which
+            # rounding decides where a gradient is zero but for rounding.
+            close = np.isclose(array, wanted[key], rtol=1e-3, atol=1e-3)
+            assert close.mean() > 0.99, (file, key, close.mean())
+
+
+def test_merging_in_place_keeps_every_part_where_it_is(both):
+    model = both[0][0].merge_and_unload()
+    weight = model.module.model.language_model.layers.mlp.down_proj.weight.get_value()
+    assert isinstance(weight, ShardedWeight)
+    held = {shard.data.nbytes for shard in weight.value.addressable_shards}
+    assert held == {weight.nbytes // 4}
