@@ -198,7 +198,7 @@ class ShardedTable:
         """The same as a weight [out, in], which a head multiplies with."""
         return ShardedWeight(DenseWeight(self.value), tuple(self.value.shape), self.layout)
 
-    def rows(self, ids: Int[Array, "rows tokens"]) -> Float[Array, "rows tokens features"]:
+    def rows(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch features"]:
         """The features of each id.
 
         The devices of an ``fsdp`` group gather their ids, which are small, look up the features that they
