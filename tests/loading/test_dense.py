@@ -2,7 +2,6 @@
 
 import functools
 import io
-import re
 
 import jax
 import jax.numpy as jnp
@@ -50,23 +49,6 @@ def test_casts_to_the_type_asked_for(tmp_path):
     theirs = write_checkpoint(tmp_path, dtype=torch.float32)
     model = load_model(tmp_path, read_config(tmp_path), dtype=jnp.bfloat16)
     assert_same(model, {name: tensor.to(torch.bfloat16) for name, tensor in theirs.items()})
-
-
-@pytest.mark.parametrize("era", ["before 4.52", "4.52 to 4.57"])
-def test_keys_of_every_era(bf16_checkpoint, tmp_path, era):
-    directory, theirs = bf16_checkpoint
-
-    def rename(tensors):
-        old = {re.sub(r"^model\.(visual|language_model)\.", r"\1.", key): t for key, t in tensors.items()}
-        old = {re.sub(r"^language_model\.", "model.", key): t for key, t in old.items()}
-        assert {"visual.merger.ln_q.weight", "model.norm.weight", "lm_head.weight"} <= old.keys()
-        if era == "before 4.52":
-            return old
-        new = {re.sub(r"^model\.", "model.language_model.", key): t for key, t in old.items()}
-        return {re.sub(r"^visual\.", "model.visual.", key): t for key, t in new.items()}
-
-    rewrite(directory, tmp_path / "renamed", rename)
-    assert_same(load_model(tmp_path / "renamed", read_config(directory), dtype=jnp.bfloat16), theirs)
 
 
 def test_a_tied_head_may_be_stored_and_buffers_are_ignored(tmp_path):

@@ -1,12 +1,10 @@
 """Checkpoints that bitsandbytes quantised, and 16-bit ones quantised on load, against bitsandbytes itself."""
 
 import bitsandbytes
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen2_5_VLForConditionalGeneration
 
 from tests.loading.checkpoints import (
     as_numpy,
@@ -126,18 +124,3 @@ def test_layers_of_one_stack_may_be_stored_differently(bf16_checkpoint, quantize
     for name, value in dense_parameters(model).items():
         expected = as_numpy(bf16_checkpoint[1][name]) if name in left else uniform[name]
         np.testing.assert_array_equal(value, expected, err_msg=name)
-
-
-def test_a_mixed_stack_computes_what_transformers_does(dynamic):
-    """Transformers has the same weights, decoded beforehand."""
-    directory, _ = dynamic
-    config = read_config(directory)
-    model = load_model(directory, config, dtype=jnp.float32)
-    theirs = Qwen2_5_VLForConditionalGeneration(config).float().eval()
-    theirs.load_state_dict({name: torch.tensor(value) for name, value in dense_parameters(model).items()})
-    positions = jnp.broadcast_to(jnp.arange(6), (3, 1, 6))
-    logits = jax.jit(lambda ids: model.logits(model(ids, positions)[0]))(jnp.arange(6)[None])
-    with torch.no_grad():
-        expected = theirs(input_ids=torch.arange(6)[None]).logits.numpy()
-    # Both compute in float32; sums run in another order.
-    np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
