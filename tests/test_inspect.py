@@ -82,7 +82,15 @@ def test_the_plan_agrees_with_a_step_measured_on_a_gpu(large):
 
 
 def test_modules_and_counts_are_those_of_transformers_and_peft(tiny):
-    result = run(tiny, "--json", "--r", 4, "--rank-pattern", "q_proj=2", "--layers-to-transform", "1")
+    options = {
+        "--r": 4,
+        "--rank-pattern": "q_proj=2",
+        "--layers-to-transform": 1,
+        "--bias": "all",
+        "--modules-to-save": "merger",
+        "--trainable-token-indices": "3,7-9",
+    }
+    result = run(tiny, "--json", "--use-dora", *(each for option in options.items() for each in option))
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
 
@@ -98,9 +106,24 @@ def test_modules_and_counts_are_those_of_transformers_and_peft(tiny):
         )
     selected = [name for name, row in rows.items() if row["selected"]]
     assert {rows[name]["layer"] for name in selected} == {1}
-    lora = peft.LoraConfig(r=4, target_modules=selected, rank_pattern={"q_proj": 2})
-    trainable, total = peft.get_peft_model(theirs, lora).get_nb_trainable_parameters()
-    assert (found["trainable_parameters"], found["total_parameters"]) == (trainable, total)
+    lora = peft.LoraConfig(
+        r=4,
+        target_modules=selected,
+        rank_pattern={"q_proj": 2},
+        use_dora=True,
+        bias="all",
+        modules_to_save=["merger"],
+        trainable_token_indices=[3, 7, 8, 9],
+    )
+    trainable, _ = peft.get_peft_model(theirs, lora).get_nb_trainable_parameters()
+    assert found["trainable_parameters"] == trainable
+    plain = sum(
+        parameter.numel() for parameter in Qwen2_5_VLForConditionalGeneration(tiny_config()).parameters()
+    )
+    biases = sum(
+        each.bias.numel() for name, each in linears.items() if each.bias is not None and "merger" not in name
+    )
+    assert found["total_parameters"] == plain + trainable - biases
 
 
 def test_saved_activations_are_what_the_compiler_allocates():

@@ -1,5 +1,6 @@
 """What would be trained, and what memory it takes: from ``config.json`` alone."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from vlmlora.lora.abstract import add_abstract_adapters
 from vlmlora.lora.apply import trainable_parameters
 from vlmlora.lora.config import LoraConfig
 from vlmlora.lora.selection import PARTS, SelectedModule, Selection, layer_number, select
+from vlmlora.lora.trained import BaseModel, Trained, attach_trained, plan_trained, trained_parts
 from vlmlora.models.hub import resolve
 from vlmlora.models.loading import read_config
 from vlmlora.models.module_table import LinearSpec, module_table
@@ -44,7 +46,9 @@ class Inspection:
         model_type: the model's family.
         selection: the modules that get an adapter, among all.
         trainable_parameters: number of elements that receive a gradient.
-        total_parameters: those and the base model's.
+        total_parameters: of the base model, and what is added to it.
+        trained_beside: parameters of the base model that train themselves (biases, whole modules, rows of
+            tokens), by their path in the tree.
         memory: what a training step needs.
         batch: what the totals are for.
     """
@@ -53,6 +57,7 @@ class Inspection:
     selection: Selection
     trainable_parameters: int
     total_parameters: int
+    trained_beside: Mapping[str, int]
     memory: MemoryPlan
     batch: Batch
 
@@ -78,6 +83,11 @@ class Inspection:
             (f"{self.trainable_parameters:,}", "bold green"),
             *((" of ", "dim"), f"{self.total_parameters:,}", f" ({share:.4f} %)"),
         )
+        if self.trained_beside:
+            names = ", ".join(self.trained_beside)
+            counts.append(
+                f"\n{sum(self.trained_beside.values()):,} of them beside the adapters: {names}", "dim"
+            )
         tables = self.selection.summary(), counts, self._held_table(), self._activation_table()
         return Group(self._tree(), *(part for table in tables for part in (Text(), table)))
 
@@ -233,16 +243,25 @@ def inspect_model(
     module = family_of(config).model(config, dtype=jnp.bfloat16)
     total = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module)))
     selection = select(module_table(config), lora)
+    parts = plan_trained(BaseModel.of(module), lora, selection.names)
     add_abstract_adapters(module, selection, lora)
-    trainable = trainable_parameters(module)
+    attach_trained(module, parts)
+    trainable, beside = trainable_parameters(module), trained_parts(module)
+    # A bias trains in its place; everything else is added to the base, which is kept.
+    added = trainable - sum(_count(part) for part in beside.values() if not part.is_copy)
     return Inspection(
         model_type=config.model_type,
         selection=selection,
         trainable_parameters=trainable,
-        total_parameters=total + trainable,
+        total_parameters=total + added,
+        trained_beside={path: _count(part) for path, part in beside.items()},
         memory=plan_memory(module, config),
         batch=Batch(batch_size, max_seq_length),
     )
+
+
+def _count(part: Trained) -> int:
+    return math.prod(part.trained.get_value().shape)
 
 
 def _layer(spec: LinearSpec) -> int | None:

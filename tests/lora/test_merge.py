@@ -1,8 +1,15 @@
 """Merged models and checkpoints against transformers and PEFT, on the same adapters."""
 
 import copy
+import inspect
 import json
+import math
+import subprocess
+import sys
 import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +17,19 @@ import numpy as np
 import peft
 import pytest
 import torch
+from huggingface_hub import HfApi
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from tests.loading.checkpoints import as_numpy, dense_parameters, write_quantized
+from tests.lora.adapter_files import write_adapter
 from tests.models.qwen2_5_vl_cases import Case, Visual, batches, random_torch_model, tiny_config
 from vlmlora.fast_vision_model import FastVisionModel
 from vlmlora.lora import merge
 from vlmlora.merging import merge_checkpoint
+from vlmlora.models import hub
+from vlmlora.models.load_plan import unstacked_parameters
 from vlmlora.models.loading import load_model, read_config
+from vlmlora.models.registry import family_of
 from vlmlora.quantization.weights import DenseWeight, NF4Weight
 
 ADAPTERS = {
@@ -256,3 +268,89 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(checkpoint, randomi
     assert (out / "adapter_model.safetensors").exists()
     with pytest.raises(ValueError, match="it is no adapter"):
         merge_checkpoint(checkpoint, tmp_path / "merged", base=checkpoint)
+
+
+def test_memory_holds_a_few_tensors_and_not_the_model(tmp_path):
+    """From files to files, in a process of its own. The base is a sparse file of zeros."""
+    text = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16, "vocab_size": 1000}
+    config = tiny_config(text=text | {"num_attention_heads": 32, "num_key_value_heads": 16})
+    config.save_pretrained(tmp_path / "base")
+    header, offset = {}, 0
+    for _, name, layer, value in unstacked_parameters(family_of(config).model(config, dtype=jnp.float32)):
+        (array,) = jax.tree.leaves(value)
+        shape = array.shape if layer is None else array.shape[1:]
+        end = offset + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    with (tmp_path / "base" / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + offset)
+    write_adapter(tmp_path / "adapter", config, tmp_path / "base", r=1)
+    program = Path(__file__).with_name("merge_in_fresh_process.py")
+    done = subprocess.run(
+        [sys.executable, program, tmp_path / "adapter", tmp_path / "merged"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    written = (tmp_path / "merged" / "model.safetensors").stat().st_size
+    assert written > 2.3e8
+    # The largest tensor has 4 MB. The rest is what the compiler takes, whatever the model's size.
+    assert int(done.stdout) < 1e8
+
+
+class RecordingApi:
+    """What of `huggingface_hub.HfApi` an upload calls, and what it is called with."""
+
+    calls: ClassVar[list] = []
+
+    def __init__(self, token):
+        self.calls.append(("token", token))
+
+    def create_repo(self, repo_id, **arguments):
+        self.calls.append(("create_repo", repo_id, arguments))
+        return SimpleNamespace(repo_id=f"me/{repo_id}")
+
+    def create_branch(self, repo_id, **arguments):
+        self.calls.append(("create_branch", repo_id, arguments))
+
+    def upload_folder(self, *, folder_path, **arguments):
+        files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+        self.calls.append(("upload_folder", files, arguments))
+        return SimpleNamespace(commit_url="https://huggingface.co/commit")
+
+
+def test_push_to_hub_uploads_what_is_saved(checkpoint, randomise, tmp_path, monkeypatch):
+    for signature, used in ((HfApi.create_repo, ["private", "exist_ok"]), (HfApi.create_branch, ["branch"])):
+        assert set(used) <= set(inspect.signature(signature).parameters)
+    monkeypatch.setattr(hub, "HfApi", RecordingApi)
+    monkeypatch.setattr(RecordingApi, "calls", [])
+    model = load(checkpoint, randomise, target_modules=["o_proj"])
+    model.save_pretrained(tmp_path / "adapter")
+    model.save_pretrained_merged(tmp_path / "merged")
+    assert (
+        model.push_to_hub("adapter", token="t", private=True, revision="dev")
+        == "https://huggingface.co/commit"
+    )
+    assert model.push_to_hub_merged("merged", commit_message="done", create_pr=True)
+    names = [call[0] for call in RecordingApi.calls]
+    assert names == [
+        *("token", "create_repo", "create_branch", "upload_folder"),
+        *("token", "create_repo", "upload_folder"),
+    ]
+    calls = RecordingApi.calls
+    assert calls[0] == ("token", "t")
+    assert calls[1] == ("create_repo", "adapter", {"private": True, "exist_ok": True})
+    assert calls[2][1:] == ("me/adapter", {"branch": "dev", "exist_ok": True})
+    for call, directory in ((calls[3], "adapter"), (calls[6], "merged")):
+        assert call[1] == {path.name: path.read_bytes() for path in (tmp_path / directory).iterdir()}
+        assert set(call[2]) <= set(inspect.signature(HfApi.upload_folder).parameters)
+    assert (calls[3][2]["repo_id"], calls[3][2]["revision"]) == ("me/adapter", "dev")
+    assert (calls[6][2]["commit_message"], calls[6][2]["create_pr"]) == ("done", True)
+    with pytest.raises(TypeError, match="did you mean 'private'"):
+        model.push_to_hub("adapter", privat=True)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="'not/a/repository' is no repository id"):
+        model.push_to_hub("not/a/repository")
