@@ -11,17 +11,16 @@ bitsandbytes; what is missing is named, and nothing is run.
 
 import argparse
 import importlib.util
-import json
 import platform
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from benchmarks.record import command, write
 
 GIB = 1 << 30
 NEEDED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
@@ -181,7 +180,7 @@ def environment() -> dict[str, Any]:
         "device": torch.cuda.get_device_name(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in NEEDED},
-        "command": shlex.join(["python", "-m", "benchmarks.peers", *sys.argv[1:]]),
+        "command": command(),
         "date": date.today().isoformat(),
     }
 
@@ -228,10 +227,7 @@ def main() -> None:
         measured = attempt(lambda work=work: measure_training(model, batch(work), arguments.steps))
         result["work"].append({"work": work, **measured})
         print(result["work"][-1], flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = arguments.out.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
-    temporary.rename(arguments.out)
+    write(arguments.out, result)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jax
-
 import vlmlora
 
 
 def environment() -> dict[str, Any]:
     """Device, versions, command and date."""
+    import jax
+
     return {
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
@@ -24,16 +24,27 @@ def environment() -> dict[str, Any]:
             "vlmlora": vlmlora.__version__,
             **{name: version(name) for name in ("jax", "flax", "optax", "transformers")},
         },
-        "command": shlex.join(["python", "-m", _module(), *sys.argv[1:]]),
+        "command": command(),
         "date": datetime.date.today().isoformat(),
     }
 
 
+def command() -> str:
+    """The command that runs; of absolute paths only the last part, for the rest is this machine's."""
+    arguments = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]]
+    return shlex.join(["python", "-m", _module(), *arguments])
+
+
 def save(file: Path, result: dict[str, Any]) -> None:
     """Write `result` beside the environment, whole or not at all."""
+    write(file, {**environment(), **result})
+
+
+def write(file: Path, record: dict[str, Any]) -> None:
+    """Write a record as JSON, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps({**environment(), **result}, indent=2) + "\n")
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
     temporary.rename(file)
 
 
