@@ -7,6 +7,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
@@ -38,6 +39,7 @@ from vlmlora.models.loading import IMPLIED_TRUE, load_model, read_config, resolv
 from vlmlora.models.module_table import ModuleTable, module_table
 from vlmlora.models.registry import family_of
 from vlmlora.models.saving import save_checkpoint
+from vlmlora.multi_process import on_first_process, with_whole_adapters
 from vlmlora.nn.variables import Trainable
 from vlmlora.training.remat import GradientCheckpointing, remat_policy
 
@@ -465,7 +467,8 @@ class FastVisionModel:
     ) -> None:
         """Write the adapters in PEFT's format, or after full fine-tuning the whole checkpoint.
 
-        The adapter ``"default"`` goes into the directory itself, another into a folder of its name there.
+        The adapter ``"default"`` goes into the directory itself, another into a folder of its name there. With
+        several processes all of them call it; the first writes, and the others wait for it.
 
         Args:
             directory: made if it does not exist.
@@ -473,6 +476,7 @@ class FastVisionModel:
 
         Raises:
             ValueError: the model has neither adapters nor trainable parameters, or none of a selected name.
+            NotImplementedError: a whole checkpoint, with several processes.
         """
         if self.adapters:
             selected = list(self.adapters) if selected_adapters is None else list(selected_adapters)
@@ -481,8 +485,20 @@ class FastVisionModel:
             for name in selected:
                 where = Path(directory) if name == DEFAULT else Path(directory) / name
                 with self._adapters.activated(name):
-                    save_adapter(where, self.module, self.module_table, self.adapters[name])
+                    write = partial(
+                        save_adapter,
+                        where,
+                        with_whole_adapters(self.module),
+                        self.module_table,
+                        self.adapters[name],
+                    )
+                    on_first_process(write)
         elif self.full_finetuning:
+            if jax.process_count() > 1:
+                raise NotImplementedError(
+                    "a whole checkpoint is written by one process alone: resume from the run's Checkpoints "
+                    "in a single process, and save there"
+                )
             save_checkpoint(self.module, self.config, directory)
         else:
             raise ValueError("the model has no adapter to save; make one with FastVisionModel.get_peft_model")

@@ -254,3 +254,37 @@ def test_samples_may_be_encoded_beforehand(processor):
     samples = [processor.encode(row) for row in numbered(4)]
     batches = make_batches(samples, processor, batch_size=2, shuffle=False)
     assert [answers(processor, batch) for batch in batches] == [["0", "1"], ["2", "3"]]
+
+
+def test_processes_share_every_batch(processor):
+    dataset = [
+        {"messages": conversation(*[picture(60, 60)] * (i % 3), question=f"What is {i}?", answer=str(i))}
+        for i in range(10)
+    ]
+    budget = processor.budget([processor.encode(row) for row in dataset], batch_size=2)
+    arguments = {"batch_size": 8, "budget": budget, "num_epochs": 2, "seed": 1}
+    alone = make_batches(dataset, processor, **arguments | {"budget": None})
+    shares = [
+        make_batches(dataset, processor, **arguments, process_index=p, process_count=4) for p in range(4)
+    ]
+    assert {len(share) for share in shares} == {len(alone)} == {4}
+    for number in range(4):
+        parts = [share[number] for share in shares]
+        assert {part["input_ids"].shape for part in parts} == {(2, budget.max_length)}
+        joined = [answer for part in parts for answer in answers(processor, part)]
+        assert joined == answers(processor, alone[number])
+        # Of an epoch's last batch there is nothing left for the last three processes.
+        assert (number % 2 == 0) == any(joined[2:])
+        for part, process in zip(parts, range(4), strict=True):
+            # A token of an image finds its features in the rows of all processes, one after another.
+            tokens = part["image_token_index"][part["image_token_index"] >= 0]
+            slots = budget.max_patches // 4
+            assert set(tokens // (budget.max_images * slots)) <= {process}
+            filled = part["image_segment_ids"].reshape(-1, 4)[:, 0] > 0
+            np.testing.assert_array_equal(
+                np.sort(tokens) - process * budget.max_images * slots, np.flatnonzero(filled)
+            )
+    with pytest.raises(ValueError, match=r"batch_size=6 counts the rows of all .* are 4"):
+        make_batches(dataset, processor, batch_size=6, process_index=0, process_count=4)
+    with pytest.raises(ValueError, match="leaves sizes open, which 2 processes would fill differently"):
+        make_batches(dataset, processor, batch_size=8, budget=Budget(), process_index=0, process_count=2)

@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import grain
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
-from vlmlora.data.processing import Budget, Sample, VisionLanguageProcessor
+from vlmlora.data.processing import Budget, Sample, VisionLanguageProcessor, budget_of
 
 
 @runtime_checkable
@@ -33,6 +35,8 @@ def make_batches(
     max_seq_length: int | None = None,
     train_on: str = "responses",
     truncation: bool = False,
+    process_index: int | None = None,
+    process_count: int | None = None,
 ) -> grain.MapDataset[dict[str, np.ndarray]]:
     """Encode, shuffle, batch and repeat a dataset.
 
@@ -40,48 +44,101 @@ def make_batches(
     with ``batches[i:]``; ``len(batches)`` is the number of steps. Samples are encoded when their batch is
     asked for; see `prefetch`.
 
+    With several processes, each makes its share of every batch, the rows
+    ``batch_size / process_count * process_index`` and those that follow, and reads no other sample. A batch
+    consists of the same samples however many processes there are.
+    `vlmlora.multi_process.global_batch` joins the shares.
+
     Args:
         dataset: samples by index.
         processor: makes the samples and batches.
-        batch_size: rows of a batch.
-        budget: sizes of every batch; None: measured once by encoding the whole dataset, so that all batches
-            have one shape. `Budget()` lets sizes vary.
+        batch_size: rows of a batch, of all processes together.
+        budget: sizes of every batch, or of a process's share; None: measured once by encoding the whole
+            dataset, of which each process encodes its part, so that all batches have one shape. `Budget()`
+            lets sizes vary.
         num_epochs: times that every sample is seen, in another order each time; None: without end.
         shuffle: without, the dataset's order.
         seed: of the order.
         drop_remainder: leave out an epoch's last batch if it is not full. Otherwise it is filled with rows
             that carry no label.
         max_seq_length, train_on, truncation: see `VisionLanguageProcessor.encode`.
+        process_index, process_count: None: this process's in JAX's runtime.
 
     Raises:
-        ValueError: the dataset is empty, or too small for one batch with `drop_remainder`. A sample that
-            cannot be encoded raises when it is first read, and is named by its row.
+        ValueError: the dataset is empty, or too small for one batch with `drop_remainder`; or the processes
+            cannot share `batch_size` evenly, or would have batches of different sizes. A sample that cannot
+            be encoded raises when it is first read, and is named by its row.
     """
     size = len(dataset)
     if size < (batch_size if drop_remainder else 1):
         raise ValueError(f"a dataset of {size} samples gives no batch of {batch_size}")
+    if process_index is None or process_count is None:
+        process_index, process_count = _process()
+    share = _share_of_rows(batch_size, process_count)
 
-    def encode(index: int, sample: Any) -> Sample:
+    def encode(index: int) -> Sample:
+        sample = dataset[index]
         if isinstance(sample, Sample):
             return sample
         return processor.encode(
-            sample,
-            row=index % size,
-            max_seq_length=max_seq_length,
-            train_on=train_on,
-            truncation=truncation,
+            sample, row=index, max_seq_length=max_seq_length, train_on=train_on, truncation=truncation
         )
 
-    samples = grain.MapDataset.source(dataset).map_with_index(encode)
     if budget is None:
-        budget = processor.budget((samples[i] for i in range(size)), batch_size=batch_size)
+        part, parts = _process()
+        sizes = [processor.size(encode(i)) for i in range(part, size, parts)]
+        budget = budget_of(_of_all_processes(sizes, size), batch_size=share, images_multiple_of=_devices())
+    if process_count > 1 and None in (budget.max_length, budget.max_images, budget.max_patches):
+        raise ValueError(
+            f"{budget} leaves sizes open, which {process_count} processes would fill differently; "
+            "leave the budget out, or give all its sizes"
+        )
+
+    def collate(indices: Sequence[int]) -> dict[str, np.ndarray]:
+        return processor.collate(
+            [encode(int(index)) for index in indices],
+            budget,
+            batch_size=share,
+            first_image_row=process_index * (budget.max_images or 0),
+        )
+
+    indices = grain.MapDataset.source(range(size))
     if shuffle:
-        samples = samples.shuffle(seed=seed)
-    return samples.batch(
-        batch_size,
-        drop_remainder=drop_remainder,
-        batch_fn=lambda batch: processor.collate(batch, budget, batch_size=batch_size),
-    ).repeat(num_epochs)
+        indices = indices.shuffle(seed=seed)
+    first = process_index * share
+    shares = indices.batch(
+        batch_size, drop_remainder=drop_remainder, batch_fn=lambda batch: batch[first : first + share]
+    )
+    return shares.map(collate).repeat(num_epochs)
+
+
+def _process() -> tuple[int, int]:
+    """Number of this process, and of all. Does not wake the devices of a process that is alone."""
+    return (jax.process_index(), jax.process_count()) if jax.distributed.is_initialized() else (0, 1)
+
+
+def _devices() -> int:
+    """Devices that a process's rows are spread over, if it is one of several."""
+    return jax.local_device_count() if jax.distributed.is_initialized() else 1
+
+
+def _share_of_rows(batch_size: int, process_count: int) -> int:
+    if batch_size % process_count:
+        raise ValueError(
+            f"batch_size={batch_size} counts the rows of all processes, of which there are {process_count}; "
+            "it must be a multiple of that"
+        )
+    return batch_size // process_count
+
+
+def _of_all_processes(sizes: Sequence[Sequence[int]], count: int) -> Sequence[Sequence[int]]:
+    """The sizes of all `count` samples, of which each process measured its part."""
+    _, parts = _process()
+    if parts == 1:
+        return sizes
+    padded = np.zeros((-(-count // parts), 3), np.int32)
+    padded[: len(sizes)] = sizes
+    return np.asarray(multihost_utils.process_allgather(padded)).reshape(-1, 3).tolist()
 
 
 def prefetch(

@@ -62,8 +62,12 @@ class FamilyProcessor(Protocol):
         *,
         image_rows: int,
         patches: int,
+        first_image_row: int = 0,
     ) -> dict[str, np.ndarray]:
-        """What the model reads beside the tokens."""
+        """What the model reads beside the tokens.
+
+        The rows of patches start at number `first_image_row` of a batch that several processes have part in.
+        """
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write a directory that transformers loads."""
@@ -102,6 +106,32 @@ class Budget:
     max_length: int | None = None
     max_images: int | None = None
     max_patches: int | None = None
+
+
+def budget_of(
+    sizes: Iterable[Sequence[int]],
+    *,
+    batch_size: int,
+    pad_to_multiple_of: int = 64,
+    images_multiple_of: int = 1,
+) -> Budget:
+    """The least budget with which any `batch_size` samples of these sizes fit one batch shape.
+
+    Args:
+        sizes: of each sample, as `VisionLanguageProcessor.size` gives it.
+        batch_size: rows of a batch.
+        pad_to_multiple_of: `max_length` is a multiple of it.
+        images_multiple_of: `max_images` is a multiple of it.
+
+    Raises:
+        ValueError: there are no samples.
+    """
+    sizes = list(sizes)
+    if not sizes:
+        raise ValueError("a budget needs at least one sample")
+    lengths, images, patches = zip(*sizes, strict=True)
+    max_images = _multiple(sum(nlargest(batch_size, images)), images_multiple_of)
+    return Budget(_multiple(max(lengths), pad_to_multiple_of), max_images, max(patches))
 
 
 class VisionLanguageProcessor:
@@ -250,17 +280,14 @@ class VisionLanguageProcessor:
         Raises:
             ValueError: there are no samples.
         """
-        lengths, images, patches = [], [], [0]
-        for sample in samples:
-            items = (*sample.images, *sample.videos)
-            lengths.append(len(sample))
-            images.append(len(items))
-            patches.append(max(map(self.family.num_patches, items), default=0))
-        if not lengths:
-            raise ValueError("a budget needs at least one sample")
-        return Budget(
-            _multiple(max(lengths), pad_to_multiple_of), sum(nlargest(batch_size, images)), max(patches)
+        return budget_of(
+            map(self.size, samples), batch_size=batch_size, pad_to_multiple_of=pad_to_multiple_of
         )
+
+    def size(self, sample: Sample) -> tuple[int, int, int]:
+        """Tokens of a sample, its images and videos, and the patch slots of the largest of these."""
+        items = (*sample.images, *sample.videos)
+        return len(sample), len(items), max(map(self.family.num_patches, items), default=0)
 
     def collate(
         self,
@@ -269,16 +296,19 @@ class VisionLanguageProcessor:
         *,
         batch_size: int | None = None,
         pad_to_multiple_of: int = 64,
+        first_image_row: int = 0,
     ) -> dict[str, np.ndarray]:
         """Samples to a batch, one a row, padded on the right; images and videos one a row of patches.
 
         Args:
-            samples: at most `batch_size`.
+            samples: at most `batch_size`; none at all only where that and `budget.max_length` are given.
             budget: sizes of the batch. Those left open are the batch's own: tokens rounded up to
                 `pad_to_multiple_of`, images and patches to within a quarter, so that few shapes occur.
             batch_size: rows; those without a sample are padding and carry no label. None: one for each
                 sample.
             pad_to_multiple_of: see `budget`.
+            first_image_row: where this batch is one process's share of a larger one, the number of its first
+                row of patches there.
 
         Returns:
             `input_ids`, `attention_mask` (1, and 0 for padding) and `labels` ``[batch, tokens]`` int32, and
@@ -289,9 +319,9 @@ class VisionLanguageProcessor:
         """
         budget = budget or Budget()
         rows = len(samples) if batch_size is None else batch_size
-        if not 0 < len(samples) <= rows:
+        if len(samples) > rows or not (samples or (rows and budget.max_length)):
             raise ValueError(f"{len(samples)} samples for a batch of {rows} rows; needed 1 to {rows}")
-        longest = max(map(len, samples))
+        longest = max(map(len, samples), default=0)
         tokens = budget.max_length or _multiple(longest, pad_to_multiple_of)
         if longest > tokens:
             raise ValueError(f"a sample of {longest} tokens exceeds the batch's max_length={tokens}")
@@ -319,6 +349,7 @@ class VisionLanguageProcessor:
             [sample.videos for sample in samples],
             image_rows=image_rows,
             patches=patches,
+            first_image_row=first_image_row,
         )
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, **family}
 

@@ -12,6 +12,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vlmlora.data.loader import prefetch
 from vlmlora.training.state import Checkpoints, Resumed
 from vlmlora.training.step import TrainState, TrainStep
 
@@ -57,7 +58,7 @@ def fit(
             the batches before; so does an iterator of grain, such as `prefetch` makes.
         total_steps: steps of the whole run, those before it was resumed included.
         key: for adapter dropout.
-        console: where the bar goes; None shows none.
+        console: where the bar goes; None shows none. Of several processes the first shows it.
         checkpoints: where the state is saved, every so many steps and at the end.
         resume: go on from the latest checkpoint if there is one: with its state and key, and the batch after
             its last. A run so continued is bit for bit the one that was not interrupted, on the same devices.
@@ -84,7 +85,8 @@ def fit(
     )
     iterator = _iterate(batches, resumed)
     state_of = None if _is_sliceable(batches) else getattr(iterator, "get_state", None)
-    with Progress(*columns, console=console, disable=console is None) as progress:
+    silent = console is None or jax.process_index() > 0
+    with Progress(*columns, console=console, disable=silent) as progress:
         task = progress.add_task("", total=total_steps, completed=first, loss=float("nan"), rate=0.0)
         for number, batch in zip(range(first, total_steps), iterator, strict=False):
             state, metrics = step(state, frozen, dict(batch), key)
@@ -131,11 +133,14 @@ def _resumed(state: TrainState, checkpoints: Checkpoints | None, resume: bool) -
 
 def _iterate(batches: Iterable[Mapping[str, Any]], resumed: Resumed | None) -> Iterator[Mapping[str, Any]]:
     """The batches that are still to be taken."""
-    if resumed is None:
-        return iter(batches)
-    if _is_sliceable(batches):
-        return iter(batches[resumed.position :])
+    if resumed is not None and _is_sliceable(batches):
+        batches, resumed = batches[resumed.position :], None
+    if hasattr(batches, "to_iter_dataset"):
+        # Grain's own iterator would make hundreds of batches ahead.
+        return iter(prefetch(batches))
     iterator = iter(batches)
+    if resumed is None:
+        return iterator
     if resumed.iterator_state is not None and hasattr(iterator, "set_state"):
         iterator.set_state(resumed.iterator_state)
         return iterator

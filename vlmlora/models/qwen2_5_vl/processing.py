@@ -283,6 +283,7 @@ class Qwen2_5_VLProcessor:
         *,
         image_rows: int,
         patches: int,
+        first_image_row: int = 0,
     ) -> dict[str, np.ndarray]:
         """What the model reads beside the tokens, in static shapes.
 
@@ -293,6 +294,7 @@ class Qwen2_5_VLProcessor:
             videos: the same for videos.
             image_rows: rows of `pixel_values`, one an image or video; 0 leaves out all that concerns them.
             patches: slots of each, a multiple of `patch_multiple`.
+            first_image_row: number of the first of the rows in the batch that `image_token_index` is for.
 
         Returns:
             `position_ids` ``[3, batch, tokens]``, and `pixel_values` ``[image_rows, patches, features]``,
@@ -333,7 +335,7 @@ class Qwen2_5_VLProcessor:
                 pixel_values[row, layout.patch_slots] = item.pixel_values
                 patch_positions[row, : layout.num_slots] = layout.patch_positions
                 image_segment_ids[row, : layout.num_slots] = layout.image_segment_ids
-                index.append(row * tokens_per_row + layout.token_slots)
+                index.append((first_image_row + row) * tokens_per_row + layout.token_slots)
                 row += 1
             if index:
                 image_token_index[types == kind] = np.concatenate(index)
