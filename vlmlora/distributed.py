@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -201,15 +202,18 @@ def mesh_of(tree: PyTree) -> Mesh | None:
 def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
     """The sharding of every array of a batch: its rows over ``data`` and ``fsdp``.
 
+    Of several processes each has a share of the rows in its host arrays.
+
     Raises:
         ValueError: the rows of an array do not divide.
     """
     shards, found = batch_shards(mesh), {}
     for name, array in batch.items():
         axis = rows_axis(name, array)
-        rows = array.shape[axis]
+        shares = 1 if isinstance(array, jax.Array) else jax.process_count()
+        rows = array.shape[axis] * shares
         if rows % shards:
-            is_image = "input_ids" in batch and rows != batch["input_ids"].shape[0]
+            is_image = "input_ids" in batch and rows != batch["input_ids"].shape[0] * shares
             argument = "Budget(max_images=…)" if is_image else "batch_size"
             raise ValueError(
                 f"{name} {list(array.shape)} has {rows} rows on axis {axis}, which do not divide among "
@@ -228,12 +232,16 @@ def rows_axis(name: str, array: Any) -> int:
 def place_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     """Put a batch of host arrays on the devices, each its rows; arrays on the mesh stay where they are.
 
+    Of several processes each passes its share, as `vlmlora.data.loader.make_batches` makes it.
+
     Raises:
         ValueError: as `batch_shardings`.
     """
     where = batch_shardings(batch, mesh)
     return {
-        name: array if isinstance(array, jax.Array) else jax.device_put(array, where[name])
+        name: array
+        if isinstance(array, jax.Array)
+        else jax.make_array_from_process_local_data(where[name], np.asarray(array))
         for name, array in batch.items()
     }
 

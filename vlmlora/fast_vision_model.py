@@ -467,8 +467,8 @@ class FastVisionModel:
     ) -> None:
         """Write the adapters in PEFT's format, or after full fine-tuning the whole checkpoint.
 
-        The adapter ``"default"`` goes into the directory itself, another into a folder of its name there. With
-        several processes all of them call it; the first writes, and the others wait for it.
+        The adapter ``"default"`` goes into the directory itself, another into a folder of its name there.
+        With several processes all of them call it; the first writes, and the others wait for it.
 
         Args:
             directory: made if it does not exist.

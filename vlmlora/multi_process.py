@@ -2,6 +2,7 @@
 
 Every process runs the same program. Arrays are global: each process holds the shards of its own devices, and
 a jitted function runs in all of them together (https://docs.jax.dev/en/latest/multi_process.html).
+`vlmlora.distributed` makes the mesh of all processes' devices and puts model and batches on it.
 """
 
 import logging
@@ -11,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,10 +20,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
 
-from vlmlora.nn.batch import batch_axis
 from vlmlora.nn.variables import Trainable
 
 logger = logging.getLogger(__name__)
@@ -161,55 +159,6 @@ def _names_of_processes() -> list[str]:
     encoded = np.frombuffer(name.encode()[:_NAME_BYTES].ljust(_NAME_BYTES, b"\0"), np.uint8)
     gathered = np.asarray(multihost_utils.process_allgather(encoded)).reshape(-1, _NAME_BYTES)
     return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in gathered.astype(np.uint8)]
-
-
-def global_batch(
-    batch: Mapping[str, np.ndarray], mesh: Mesh, axes: Sequence[str] | None = None
-) -> dict[str, jax.Array]:
-    """The processes' shares of one batch as global arrays, their rows spread over `axes` of the mesh.
-
-    ``make_batches(...).map(lambda batch: global_batch(batch, mesh))`` is a dataset of such batches.
-
-    Args:
-        batch: this process's share, the same shapes in every process.
-        mesh: over the devices of all processes.
-        axes: axes of the mesh that the rows are spread over; None: all of them.
-
-    Raises:
-        ValueError: the rows do not go evenly into the devices.
-    """
-    axes = tuple(mesh.axis_names if axes is None else axes)
-    shards = int(np.prod([mesh.shape[axis] for axis in axes]))
-    arrays = {}
-    for name, array in batch.items():
-        axis = batch_axis(name, array)
-        rows, excess = array.shape[axis], array.shape[axis] * jax.process_count() % shards
-        if excess and rows != len(batch["input_ids"]) and jax.process_count() == 1:
-            # Further rows of images, which no token refers to.
-            widths = [(0, shards - excess if i == axis else 0) for i in range(array.ndim)]
-            array = np.pad(array, widths)
-        elif excess:
-            raise ValueError(
-                f"{name} has {rows} rows in each of {jax.process_count()} processes, which do not go evenly "
-                f"into the {shards} parts of the mesh's {' × '.join(axes)}; choose another batch_size, or a "
-                "budget with another max_images"
-            )
-        sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, axes))
-        arrays[name] = jax.make_array_from_process_local_data(sharding, np.asarray(array))
-    return arrays
-
-
-def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Arrays that every process has in full, as global arrays that every device holds a copy of."""
-    sharding = NamedSharding(mesh, PartitionSpec())
-
-    def place(array: Any) -> jax.Array:
-        if isinstance(array, jax.Array) and not array.is_fully_addressable:
-            return jax.device_put(array, sharding)
-        host = np.asarray(array)
-        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-
-    return jax.tree.map(place, tree)
 
 
 def with_whole_adapters(module: nnx.Module) -> nnx.Module:

@@ -8,9 +8,9 @@ import sys
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from vlmlora.multi_process import global_batch, replicate, session
+from vlmlora.distributed import make_mesh, place_batch
+from vlmlora.multi_process import session
 
 if __name__ == "__main__":
     process_id, num_processes = int(sys.argv[1]), int(sys.argv[2])
@@ -20,20 +20,20 @@ if __name__ == "__main__":
     settings = (f"127.0.0.1:{sys.argv[3]}", num_processes, process_id) if explicit else ()
     with session(*settings, initialization_timeout=60, heartbeat_timeout=3):
         assert (jax.process_index(), jax.process_count()) == (process_id, num_processes)
-        mesh = Mesh(np.array(jax.devices()), ("data",))
+        mesh = make_mesh()
         local = {"input_ids": np.full((2, 3), 1 + process_id), "position_ids": np.ones((3, 2, 3), np.int32)}
-        batch = global_batch(local, mesh)
+        batch = place_batch(local, mesh)
         assert batch["input_ids"].shape == (4, 3)
         assert batch["position_ids"].shape == (3, 4, 3)
         total = jax.jit(lambda batch, weight: weight * batch["input_ids"].sum())
-        weight = replicate(np.float32(2), mesh)
+        weight = np.float32(2)
         assert float(total(batch, weight)) == 2 * 3 * 2 * (1 + 2)
         refused = ""
         try:
-            global_batch({"input_ids": np.ones((1, 3), np.int32)}, mesh)
+            place_batch({"input_ids": np.ones((1, 3), np.int32)}, mesh)
         except ValueError as error:
             refused = str(error)
-        assert "input_ids has 1 rows in each of 2 processes" in refused
+        assert "has 2 rows on axis 0, which do not divide among data=1 × fsdp=4" in refused
         if process_id == 1:
             raise OSError("the data are gone")
         while True:

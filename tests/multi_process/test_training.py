@@ -32,10 +32,18 @@ def alone():
     return model, state, history.losses
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_processes_train_as_one_and_end_with_one(alone, tmp_path, count):
+@pytest.mark.parametrize(
+    ("count", "axis"),
+    [
+        (2, "data"),
+        pytest.param(2, "fsdp", marks=pytest.mark.slow),
+        pytest.param(4, "data", marks=pytest.mark.slow),
+        pytest.param(4, "fsdp", marks=pytest.mark.slow),
+    ],
+)
+def test_processes_train_as_one_and_end_with_one(alone, tmp_path, count, axis):
     model, state, losses = alone
-    with start("tests.multi_process.train_bundled_model", count, tmp_path) as processes:
+    with start("tests.multi_process.train_bundled_model", count, tmp_path, axis) as processes:
         for process in processes:
             assert says(process, "trained"), process.stderr.read()
         processes[-1].kill()

@@ -1,6 +1,6 @@
 """Train the bundled model in one of several processes of two CPU devices each; then go on until killed.
 
-python -m tests.multi_process.train_bundled_model PROCESS PROCESSES PORT DIRECTORY
+python -m tests.multi_process.train_bundled_model PROCESS PROCESSES PORT DIRECTORY AXIS
 """
 
 import json
@@ -10,13 +10,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh
 from PIL import Image
 
 from vlmlora.data.loader import make_batches
 from vlmlora.demo.handwriting import bundled_model
+from vlmlora.distributed import make_mesh, shard_model
 from vlmlora.fast_vision_model import FastVisionModel
-from vlmlora.multi_process import global_batch, replicate, session
+from vlmlora.models.registry import family_of
+from vlmlora.multi_process import session
 from vlmlora.training.loop import fit
 from vlmlora.training.loss import make_loss_fn
 from vlmlora.training.state import Checkpoints
@@ -49,8 +50,8 @@ class Conversations:
         ]
 
 
-def parts():
-    """The model with adapters that drop out, its processor, and a step."""
+def parts(mesh=None):
+    """The model with adapters that drop out, its processor, and a step; on a mesh if one is given."""
     model, processor = FastVisionModel.from_pretrained(bundled_model(), load_in_16bit=True, progress=False)
     model = FastVisionModel.get_peft_model(
         model,
@@ -60,6 +61,8 @@ def parts():
         use_gradient_checkpointing=False,
         verbose=False,
     )
+    if mesh is not None:
+        shard_model(model.module, family_of(model.config), mesh)
     graphdef, adapters, frozen = model.split()
     # Not Adam, which makes a step out of the rounding errors of a gradient that is zero.
     optimizer = optax.sgd(0.1, momentum=0.9)
@@ -67,15 +70,13 @@ def parts():
     return model, processor, step, init_train_state(adapters, optimizer), frozen
 
 
-def main(process_id, num_processes, directory):
+def main(process_id, directory, axis):
     """Train, save, export, say so; then take steps until killed."""
-    mesh = Mesh(np.array(jax.devices()), ("data",))
-    model, processor, step, state, frozen = parts()
-    state, frozen = replicate(state, mesh), replicate(frozen, mesh)
+    mesh = make_mesh(**{"data": 1, "fsdp": 1, axis: -1})
+    model, processor, step, state, frozen = parts(mesh)
     dataset = Conversations()
     batches = make_batches(dataset, processor, batch_size=BATCH_SIZE, num_epochs=EPOCHS)
     measured, dataset.read = dataset.read, []
-    batches = batches.map(lambda batch: global_batch(batch, mesh))
     with Checkpoints(directory / "checkpoints", every=3, lora_config=model.lora_config) as checkpoints:
         key = jax.random.key(5)
         state, history = fit(
@@ -101,4 +102,4 @@ if __name__ == "__main__":
         initialization_timeout=120,
         heartbeat_timeout=HEARTBEAT,
     ):
-        main(process_id, num_processes, Path(sys.argv[4]))
+        main(process_id, Path(sys.argv[4]), sys.argv[5])

@@ -47,7 +47,7 @@ def make_batches(
     With several processes, each makes its share of every batch, the rows
     ``batch_size / process_count * process_index`` and those that follow, and reads no other sample. A batch
     consists of the same samples however many processes there are.
-    `vlmlora.multi_process.global_batch` joins the shares.
+    The step joins the shares, see `vlmlora.distributed.place_batch`.
 
     Args:
         dataset: samples by index.
