@@ -14,9 +14,8 @@ from PIL import Image
 
 from vlmlora.data.loader import make_batches
 from vlmlora.demo.handwriting import bundled_model
-from vlmlora.distributed import make_mesh, shard_model
+from vlmlora.distributed import make_mesh
 from vlmlora.fast_vision_model import FastVisionModel
-from vlmlora.models.registry import family_of
 from vlmlora.multi_process import session
 from vlmlora.training.loop import fit
 from vlmlora.training.loss import make_loss_fn
@@ -52,7 +51,9 @@ class Conversations:
 
 def parts(mesh=None):
     """The model with adapters that drop out, its processor, and a step; on a mesh if one is given."""
-    model, processor = FastVisionModel.from_pretrained(bundled_model(), load_in_16bit=True, progress=False)
+    model, processor = FastVisionModel.from_pretrained(
+        bundled_model(), load_in_16bit=True, mesh=mesh, progress=False
+    )
     model = FastVisionModel.get_peft_model(
         model,
         r=2,
@@ -61,8 +62,6 @@ def parts(mesh=None):
         use_gradient_checkpointing=False,
         verbose=False,
     )
-    if mesh is not None:
-        shard_model(model.module, family_of(model.config), mesh)
     graphdef, adapters, frozen = model.split()
     # Not Adam, which makes a step out of the rounding errors of a gradient that is zero.
     optimizer = optax.sgd(0.1, momentum=0.9)
