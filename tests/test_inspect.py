@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 
 from benchmarks.shapes import qwen2_5_vl_7b
 from tests.models.qwen2_5_vl_cases import tiny_config
+from vlmlora import inspection
 from vlmlora.cli import app
+from vlmlora.inspection import inspect_model
 from vlmlora.lora.abstract import add_abstract_adapters
 from vlmlora.lora.config import LoraConfig
 from vlmlora.lora.selection import select
@@ -81,19 +83,28 @@ def test_the_plan_agrees_with_a_step_measured_on_a_gpu(large):
     assert moved == pytest.approx(28 * 1000 * 3584 * 2, rel=1e-6)
 
 
-def test_modules_and_counts_are_those_of_transformers_and_peft(tiny):
-    options = {
-        "--r": 4,
-        "--rank-pattern": "q_proj=2",
-        "--layers-to-transform": 1,
-        "--bias": "all",
-        "--modules-to-save": "merger",
-        "--trainable-token-indices": "3,7-9",
-    }
-    result = run(tiny, "--json", "--use-dora", *(each for option in options.items() for each in option))
-    assert result.exit_code == 0, result.stderr
-    found = json.loads(result.stdout)
+ARGUMENTS = {
+    "r": 4,
+    "rank_pattern": {"q_proj": 2},
+    "layers_to_transform": [1],
+    "use_dora": True,
+    "bias": "all",
+    "modules_to_save": ["merger"],
+    "trainable_token_indices": [3, 7, 8, 9],
+}
+OPTIONS = (
+    *("--r", "4", "--rank-pattern", "q_proj=2", "--layers-to-transform", "1", "--use-dora", "--bias", "all"),
+    *("--modules-to-save", "merger", "--trainable-token-indices", "3,7-9"),
+)
 
+
+@pytest.fixture(scope="module")
+def small(tiny):
+    return inspect_model(tiny, **ARGUMENTS)
+
+
+def test_modules_and_counts_are_those_of_transformers_and_peft(small):
+    found = small.to_json()
     with torch.device("meta"):
         theirs = Qwen2_5_VLForConditionalGeneration(tiny_config())
     linears = {name: m for name, m in theirs.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -106,15 +117,7 @@ def test_modules_and_counts_are_those_of_transformers_and_peft(tiny):
         )
     selected = [name for name, row in rows.items() if row["selected"]]
     assert {rows[name]["layer"] for name in selected} == {1}
-    lora = peft.LoraConfig(
-        r=4,
-        target_modules=selected,
-        rank_pattern={"q_proj": 2},
-        use_dora=True,
-        bias="all",
-        modules_to_save=["merger"],
-        trainable_token_indices=[3, 7, 8, 9],
-    )
+    lora = peft.LoraConfig(**{**ARGUMENTS, "layers_to_transform": None, "target_modules": selected})
     trainable, _ = peft.get_peft_model(theirs, lora).get_nb_trainable_parameters()
     assert found["trainable_parameters"] == trainable
     plain = sum(
@@ -150,16 +153,33 @@ def test_saved_activations_are_what_the_compiler_allocates():
     assert temporary["attention"] - temporary[True] == pytest.approx(more, rel=0.15)
 
 
-def test_the_report_shows_the_tree_the_parts_and_the_memory(tiny):
-    result = run(tiny, "--finetune-last-n-layers", 1, "--no-finetune-mlp-modules")
-    assert result.exit_code == 0, result.stderr
-    lines = result.stdout.splitlines()
-    assert any("layers[0–1]" in line for line in lines)
-    (q_proj,) = (line for line in lines if "q_proj " in line and "→" in line)
-    assert q_proj.split("q_proj")[1].split() == ["64", "→", "64", "r", "=", "16", "in", "1"]
-    assert any("up_proj" in line and "r =" not in line for line in lines)
-    assert "LoRA adapters" in result.stdout
-    assert any("'unsloth'" in line and "MiB" not in line for line in lines)
+def test_options_are_the_arguments_and_the_output_is_the_report(tiny, small, monkeypatch):
+    calls = []
+
+    def record(path, **arguments):
+        calls.append(arguments)
+        return small
+
+    monkeypatch.setattr(inspection, "inspect_model", record)
+    for options in (OPTIONS, (*OPTIONS, "--json")):
+        result = run(tiny, *options)
+        assert result.exit_code == 0, result.stderr
+        given = calls.pop()
+        assert {name: given.pop(name) for name in ARGUMENTS} == ARGUMENTS
+        assert (
+            LoraConfig(**{name: given[name] for name in given.keys() & vars(LoraConfig()).keys()})
+            == LoraConfig()
+        )
+        if "--json" in options:
+            assert json.loads(result.stdout) == small.to_json()
+            continue
+        lines = result.stdout.splitlines()
+        assert any("layers[0–1]" in line for line in lines)
+        (q_proj,) = (line for line in lines if "q_proj " in line and "→" in line)
+        assert q_proj.split("q_proj")[1].split() == ["64", "→", "64", "r", "=", "2", "in", "1"]
+        assert any("lm_head" in line and "r =" not in line for line in lines)
+        assert "of them beside the adapters" in result.stdout
+        assert any("'unsloth'" in line for line in lines)
 
 
 @pytest.mark.parametrize(

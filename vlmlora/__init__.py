@@ -13,6 +13,8 @@ _EXPORTS = {
     "module_table": "vlmlora.models.module_table",
     "adamw": "vlmlora.training.optimizer",
     "fit": "vlmlora.training.loop",
+    "inspect_model": "vlmlora.inspection",
+    "merge_checkpoint": "vlmlora.merging",
     "init_train_state": "vlmlora.training.step",
     "make_loss_fn": "vlmlora.training.loss",
     "make_train_step": "vlmlora.training.step",

@@ -84,7 +84,8 @@ class Inspection:
             *((" of ", "dim"), f"{self.total_parameters:,}", f" ({share:.4f} %)"),
         )
         if self.trained_beside:
-            names = ", ".join(self.trained_beside)
+            first, more = list(self.trained_beside)[:3], len(self.trained_beside) - 3
+            names = ", ".join(first) + (f", and {more} more" if more > 0 else "")
             counts.append(
                 f"\n{sum(self.trained_beside.values()):,} of them beside the adapters: {names}", "dim"
             )
