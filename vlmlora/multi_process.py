@@ -64,10 +64,18 @@ def initialize(
     """
     environment = _environment()
     settings = {
-        "coordinator_address": coordinator_address,
+        "coordinator_address": coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS"),
         "num_processes": num_processes,
         "process_id": process_id,
     }
+    missing = [name for name, value in settings.items() if value is None]
+    if missing and environment is None:
+        raise ValueError(
+            "cannot join the run's processes: found none of SLURM, Open MPI and Kubernetes; "
+            f"pass {', '.join(missing)}"
+        )
+    if process_id is not None and num_processes is not None and not 0 <= process_id < num_processes:
+        raise ValueError(f"process_id={process_id} of num_processes={num_processes}: they count from 0")
     who = "this process" if process_id is None else f"process {process_id} of {num_processes}"
     patience = threading.Timer(
         min(30.0, initialization_timeout / 2),
@@ -91,12 +99,10 @@ def initialize(
             shutdown_timeout_seconds=shutdown_timeout,
         )
     except (ValueError, TypeError) as error:
-        missing = [name for name, value in settings.items() if value is None]
-        found = f"found {environment}" if environment else "found none of SLURM, Open MPI and Kubernetes"
         hint = f"; pass {', '.join(missing)}" if missing else ""
         if environment == "Kubernetes":
             hint += " or install the package kubernetes, with which JAX asks the cluster"
-        raise ValueError(f"cannot join the run's processes: {error} ({found}){hint}") from error
+        raise ValueError(f"cannot join the run's processes: {error} (found {environment}){hint}") from error
     finally:
         patience.cancel()
     for index, name in enumerate(_names_of_processes()):

@@ -57,10 +57,12 @@ def test_a_process_that_fails_ends_the_run_with_its_reason(settings):
     assert f"process 1 of 2 is {os.uname().nodename}, pid {processes[1].pid}, 2 × cpu" in survivor
 
 
-def test_settings_that_are_missing_are_named():
+def test_settings_that_are_missing_are_named(monkeypatch):
+    for variable in ("SLURM_JOB_ID", "OMPI_COMM_WORLD_SIZE", "KUBERNETES_SERVICE_HOST"):
+        monkeypatch.delenv(variable, raising=False)
     with pytest.raises(ValueError, match=r"found none of SLURM.*pass coordinator_address, num_pro"):
         multi_process.initialize()
     with pytest.raises(ValueError, match=r"found none of SLURM.*pass process_id"):
         multi_process.initialize("localhost:1234", 2)
-    with pytest.raises(ValueError, match="process_id=3, num_processes=2"):
+    with pytest.raises(ValueError, match="process_id=3 of num_processes=2"):
         multi_process.initialize("localhost:1234", 2, 3)
