@@ -44,7 +44,7 @@ def put_image_tokens(
         return take(jax.lax.all_gather(features, BATCH, tiled=True), index)
 
     shards = batch_shards(mesh)
-    if mesh is not None and index.shape[0] % shards == features.shape[0] % shards == 0:
+    if shards > 1 and index.shape[0] % shards == features.shape[0] % shards == 0:
         rows = P(BATCH)
         found = jax.shard_map(gather_and_take, mesh=mesh, in_specs=(rows, rows), out_specs=rows)(
             features, index

@@ -220,7 +220,7 @@ class ShardedTable:
                 found = table[ids]
             if exchanges:
                 return jax.lax.all_to_all(found, FSDP, split_axis=0, concat_axis=found.ndim - 1, tiled=True)
-            if spec[1] == FSDP:
+            if spec[1] == FSDP and mesh.shape[FSDP] > 1:
                 return jax.lax.all_gather(found, FSDP, axis=found.ndim - 1, tiled=True)
             return found
 
@@ -540,9 +540,8 @@ def _local(parts: Weight, shape: Shape, layout: Layout) -> Weight:
     """Under `shard_map`: this device's rows or columns of the matrix, gathered over ``fsdp``."""
     where = specs(parts, shape, layout)
     if not isinstance(parts, NF4Weight):
-        return jax.tree.map(functools.partial(_gather, axes=(FSDP,)), parts, where)
-    cut_axes = (TENSOR, FSDP) if parts.shape == shape else (FSDP,)
-    parts = jax.tree.map(functools.partial(_gather, axes=cut_axes), parts, where)
+        return _gather(parts, where, layout.mesh, (FSDP,))
+    parts = _gather(parts, where, layout.mesh, (TENSOR, FSDP) if parts.shape == shape else (FSDP,))
     blocks = -(-math.prod(parts.shape) // parts.blocksize)
     absmax = parts.absmax
     if isinstance(absmax, NestedAbsmax):
@@ -565,11 +564,17 @@ def _multiplicand(parts: Weight, shape: Shape, layout: Layout, dtype: DTypeLike)
     return DenseWeight(jax.lax.dynamic_slice_in_dim(whole, start, wanted[axis], axis))
 
 
-def _gather(array: jax.Array, spec: P, *, axes: tuple[str, ...]) -> jax.Array:
-    for dimension, entry in enumerate(spec):
-        if gathered := tuple(axis for axis in _axes(entry) if axis in axes):
-            array = jax.lax.all_gather(array, gathered, axis=dimension, tiled=True)
-    return array
+def _gather(parts: Weight, where: Weight, mesh: Mesh, axes: tuple[str, ...]) -> Weight:
+    """Under `shard_map`: the arrays, with what `axes` cut put together; one device alone gathers nothing."""
+
+    def gather(array: jax.Array, spec: P) -> jax.Array:
+        for dimension, entry in enumerate(spec):
+            gathered = tuple(axis for axis in _axes(entry) if axis in axes and mesh.shape[axis] > 1)
+            if gathered:
+                array = jax.lax.all_gather(array, gathered, axis=dimension, tiled=True)
+        return array
+
+    return jax.tree.map(gather, parts, where)
 
 
 def _cut_shape(shape: Shape, layout: Layout) -> Shape:
