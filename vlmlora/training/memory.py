@@ -110,8 +110,10 @@ class MemoryPlan:
 def plan_memory(module: nnx.Module, config: PreTrainedConfig) -> MemoryPlan:
     """Plan the memory of a training step.
 
-    Attention counts as the fused kernels have it, which keep no matrix of tokens × tokens. Not included are
-    a layer's decoded weight, the compiler's temporaries and what the memory allocator wastes.
+    Attention counts as the fused kernels have it, which keep no matrix of tokens × tokens. One case is left:
+    a family that pads every image to one size gives no growth to tell the matrices by, so that its
+    `per_image` without checkpointing counts them as XLA's attention keeps them. Not included are a layer's
+    decoded weight, the compiler's temporaries and what the memory allocator wastes.
 
     Args:
         module: the model with its adapters; all arrays may be shapes.
