@@ -82,7 +82,14 @@ def test_real_peft_computes_the_logits_of_an_exported_adapter(family, tmp_path):
     inputs = family.make_inputs(case.rows, case.config, 0)
     theirs = {name: value for name, value in inputs.theirs.items() if name != "labels"}
     module, table = load(tmp_path / "base"), module_table(case.config)
-    config = LoraConfig(r=3, lora_alpha=2, finetune_projector=any(s.part == "projector" for s in table))
+    # DoRA and two ranks in every stack: more than plain adapters need of a family's scan.
+    config = LoraConfig(
+        r=3,
+        lora_alpha=2,
+        use_dora=True,
+        rank_pattern={r".*\.1\..*": 5},
+        finetune_projector=any(spec.part == "projector" for spec in table),
+    )
     add_adapters(module, select(table, config), config, jax.random.key(0))
     rng = np.random.default_rng(0)
     adapters = nnx.state(module, Trainable)
