@@ -7,7 +7,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
@@ -337,7 +337,7 @@ class FastVisionModel:
         model.training = False
         return model
 
-    @property
+    @cached_property
     def module_table(self) -> ModuleTable:
         """Every linear module of the model."""
         return module_table(self.config)

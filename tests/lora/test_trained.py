@@ -1,6 +1,7 @@
 """Biases, whole modules and rows of tokens that train beside the adapters, against the real PEFT."""
 
 import copy
+import json
 import warnings
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import peft
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from tests.jaxprs import output_shapes
 from tests.models.qwen2_5_vl_cases import Case, Visual, batches, random_torch_model, tiny_config
@@ -221,3 +222,27 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_built(base):
         with pytest.raises((ValueError, NotImplementedError), match=message):
             adapt(module, table, **arguments)
         assert trainable_parameters(module) == 0
+
+
+@pytest.mark.parametrize("base", [False], indirect=True, ids=["untied"])
+def test_names_from_before_transformers_4_52_are_read(base, tmp_path):
+    _, module, table, _ = base
+    arguments = {"bias": "lora_only", "modules_to_save": ["visual.merger", "model.language_model.norm"]}
+    config = adapt(module, table, 0.1, **arguments, trainable_token_indices={"embed_tokens": [3, 1]})
+    expected = jax.tree.map(np.asarray, nnx.state(module, Trainable))
+    save_adapter(tmp_path, module, table, config)
+    remove_adapters(module)
+
+    def old(name):
+        return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({old(key): value for key, value in load_file(file).items()}, file)
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert fields["modules_to_save"] == ["visual.merger", "model.language_model.norm"]
+    fields["modules_to_save"] = ["visual.merger", "model.norm"]
+    fields["trainable_token_indices"] = {"model.embed_tokens": [3, 1]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    load_adapter_into(module, table, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(module, Trainable), expected)
+    remove_adapters(module)

@@ -67,7 +67,7 @@ class BaseModel:
         quantized: names of weights that are quantised.
         embedding: name of the input embedding; None without one.
         has_tied_head: whether the head is the embedding again.
-        vocabulary: rows of the embedding.
+        rows: how many rows the embedding and the head have, by module.
     """
 
     parameters: Mapping[str, tuple[str, int | None]]
@@ -76,7 +76,7 @@ class BaseModel:
     quantized: frozenset[str]
     embedding: str | None
     has_tied_head: bool
-    vocabulary: int
+    rows: Mapping[str, int]
 
     @classmethod
     def of(cls, module: nnx.Module) -> "BaseModel":
@@ -109,7 +109,10 @@ class BaseModel:
             frozenset(quantized),
             embedding,
             tied,
-            embeddings[embedding].weight.get_value().shape[0] if embedding else 0,
+            {
+                **{name: found.weight.get_value().shape[0] for name, found in embeddings.items()},
+                **({} if tied or embedding is None else {HEAD: getattr(module, HEAD).out_features}),
+            },
         )
 
 
@@ -355,11 +358,12 @@ def _token_modules(base: BaseModel, config: LoraConfig, saved: Collection[str]) 
         for name in matching:
             if modules.setdefault(name, rows) != rows:
                 raise ValueError(f"trainable_token_indices gives {name} two lists of rows")
-        if outside := [row for row in rows if row >= base.vocabulary]:
-            raise ValueError(
-                f"trainable_token_indices: {outside[0]} is no row of {matching[0]}, "
-                f"which has {base.vocabulary}"
-            )
+        for name in matching:
+            have = base.rows.get(name, base.rows[base.embedding])
+            if outside := [row for row in rows if row >= have]:
+                raise ValueError(
+                    f"trainable_token_indices: {outside[0]} is no row of {name}, which has {have}"
+                )
     _check_tokens(base, config, modules, saved)
     return modules
 
