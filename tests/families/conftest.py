@@ -9,8 +9,15 @@ from tests.families.parity import cases_of
 def pytest_generate_tests(metafunc):
     families = descriptions()
     if "family_case" in metafunc.fixturenames:
-        params = cases_of(families)
-        metafunc.parametrize("family_case", params, ids=map("-".join, params), indirect=True, scope="module")
+        params = [
+            pytest.param(
+                (name, case),
+                id=f"{name}-{case}",
+                marks=pytest.mark.slow if case in families[name].slow else (),
+            )
+            for name, case in cases_of(families)
+        ]
+        metafunc.parametrize("family_case", params, indirect=True, scope="module")
     elif "family" in metafunc.fixturenames:
         metafunc.parametrize("family", families.values(), ids=families, indirect=True, scope="module")
 

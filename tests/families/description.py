@@ -94,6 +94,7 @@ class Description:
         pack: ``pack(inputs)`` puts the samples of a batch into one row, with ``segment_ids``; None where the
             family cannot.
         processor: None where the processor's own tests compare it.
+        slow: cases that only the slow tests run.
     """
 
     model_class: type[PreTrainedModel]
@@ -109,6 +110,7 @@ class Description:
     check: Callable[[PreTrainedModel, Inputs], None] | None = None
     pack: Callable[[Inputs], dict[str, np.ndarray]] | None = None
     processor: ProcessorCase | None = None
+    slow: tuple[str, ...] = ()
 
     @property
     def first(self) -> Case:

@@ -30,7 +30,14 @@ LLAMA3 = {
 CASES = {
     "one_image": Case(tiny_config(), [[3, Tiles(1, 2), 5], [Tiles(2, 2), 7], [2, Tiles(1, 1), 2]]),
     "several_images": Case(
-        tiny_config(text={"cross_attention_layers": [0, 1, 4], "num_hidden_layers": 5}), SEVERAL
+        tiny_config(
+            text={
+                "cross_attention_layers": [0, 1, 4],
+                "num_hidden_layers": 5,
+                "rope_parameters": LLAMA3,
+            }
+        ),
+        SEVERAL,
     ),
     "llama3_rotary": Case(
         tiny_config(
@@ -162,4 +169,5 @@ FAMILY = Description(
     processor=ProcessorCase(
         reference=reference_processor, config=processor_config, conversations=conversations
     ),
+    slow=("llama3_rotary", "other_tiles"),
 )

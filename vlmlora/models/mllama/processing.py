@@ -156,6 +156,7 @@ class MllamaProcessor:
         *,
         image_rows: int,
         patches: int,
+        first_image_row: int = 0,
     ) -> dict[str, np.ndarray]:
         """What the model reads beside the tokens, in static shapes.
 
@@ -166,6 +167,7 @@ class MllamaProcessor:
             videos: for every row none.
             image_rows: images that there is room for; 0 leaves out all that concerns them.
             patches: slots of each, always `patch_multiple`.
+            first_image_row: number of the first of the images in the batch that `image_index` is for.
 
         Returns:
             `position_ids` ``[batch, tokens]``, and `pixel_values` ``[image_rows, tiles, channels, height,
@@ -191,7 +193,7 @@ class MllamaProcessor:
         spans = np.zeros((rows, row_images, 2), np.int32)
         first = 0
         for row, mine in enumerate(images):
-            index[row, : len(mine)] = np.arange(first, first + len(mine))
+            index[row, : len(mine)] = first_image_row + np.arange(first, first + len(mine))
             ids = input_ids[row, : int(attention_mask[row].sum())]
             spans[row, : len(mine)] = image_spans(ids, self._image_token_id)
             first += len(mine)
