@@ -99,9 +99,9 @@ def in_a_loop(stacks, x, shared, constant, arrays):
 @pytest.mark.parametrize("keeps_no_operands", [True, False], ids=["plain switch", "rerunning switch"])
 def test_mixed_layers_equal_a_loop(keeps_no_operands, monkeypatch):
     """Value and every gradient, by each policy; no frozen weight is copied, stacked or saved."""
-    if keeps_no_operands and not stack._SWITCH_KEEPS_NO_OPERANDS:
+    if keeps_no_operands and not stack.SWITCH_KEEPS_NO_OPERANDS:
         pytest.skip("this jax returns what the backward pass of a conditional reads")
-    monkeypatch.setattr(stack, "_SWITCH_KEEPS_NO_OPERANDS", keeps_no_operands)
+    monkeypatch.setattr(stack, "SWITCH_KEEPS_NO_OPERANDS", keeps_no_operands)
     monkeypatch.setattr(remat, "_offloads_to_host", lambda: True)
     stacks, x, shared, arrays = make()
     graphdefs, trained, frozen = zip(*(nnx.split(each, Trainable, ...) for each in stacks), strict=True)

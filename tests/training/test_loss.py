@@ -5,6 +5,7 @@ import optax
 import pytest
 
 from tests.jaxprs import output_shapes
+from vlmlora.nn.stack import SWITCH_KEEPS_NO_OPERANDS
 from vlmlora.training.loss import IGNORE_INDEX, cross_entropy, next_token_labels
 
 ROWS, TOKENS, HIDDEN, VOCAB = 3, 37, 8, 53
@@ -49,6 +50,7 @@ def test_no_more_than_a_chunk_of_logits_exists(problem):
     assert rows - {(HIDDEN,)} == {(ROWS, 8)}
 
 
+@pytest.mark.skipif(not SWITCH_KEEPS_NO_OPERANDS, reason="jax before 0.12 would copy the head")
 def test_the_head_runs_only_where_there_are_labels(problem):
     hidden, head, labels = problem
     seen = []

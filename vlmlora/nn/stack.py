@@ -24,9 +24,9 @@ LAYER_INPUT = "layer_input"
 Remat = Callable[[Callable], Callable]
 """A transformation of the layer's body, e.g. ``functools.partial(jax.checkpoint, policy=...)``."""
 
-# Before, a conditional under differentiation returned every array that its backward pass reads, the stacks of
-# frozen weights included, as a new one.
-_SWITCH_KEEPS_NO_OPERANDS = jax.__version_info__ >= (0, 12)
+SWITCH_KEEPS_NO_OPERANDS = jax.__version_info__ >= (0, 12)
+"""Whether a conditional under differentiation leaves the arrays that its backward pass reads where they are.
+Before jax 0.12 it returned each as a new one, frozen weights included."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def scan_mixed_layers(
         return calls[kind](layer, x, shared, constant, arrays, key=step_key)
 
     branches = [functools.partial(branch, kind) for kind in range(len(stacks))]
-    switch = _plain_switch if _SWITCH_KEEPS_NO_OPERANDS else _rerunning_switch
+    switch = _plain_switch if SWITCH_KEEPS_NO_OPERANDS else _rerunning_switch
     frozen = tuple(part.frozen for part in parts)
 
     def body(x: jax.Array, step: Any) -> tuple[jax.Array, PyTree]:

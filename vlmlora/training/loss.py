@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from vlmlora.distributed import TENSOR, constrain_batch, gather_trainable
 from vlmlora.nn.batch import model_inputs
+from vlmlora.nn.stack import SWITCH_KEEPS_NO_OPERANDS
 from vlmlora.training.remat import GradientCheckpointing, remat_policy
 
 IGNORE_INDEX = -100
@@ -31,7 +32,8 @@ def cross_entropy(
     """Sum of the negative log-likelihoods of `labels`, computed where there are labels only.
 
     Each row's labelled tokens are brought to its front, and chunks of columns are taken as long as a row has
-    labels left, so that the head's cost follows the number of labels. Rows stay apart, which keeps a batch
+    labels left, so that the head's cost follows the number of labels. (With jax before 0.12 all chunks are
+    taken: a conditional there would copy the head for each.) Rows stay apart, which keeps a batch
     that is sharded over its rows where it is. The log-sum-exp is taken in float32. The backward pass computes
     a chunk's logits again; the head gets a gradient only if `logits` depends on something that is
     differentiated.
@@ -70,6 +72,8 @@ def cross_entropy(
 
     def add(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         is_needed, hidden, labels = chunk
+        if not SWITCH_KEEPS_NO_OPERANDS:
+            return total + chunk_sum(hidden, labels), None
         return total + jax.lax.cond(is_needed, chunk_sum, lambda *_: jnp.float32(0), hidden, labels), None
 
     return jax.lax.scan(add, jnp.float32(0), (has_labels, hidden, labels))[0]
