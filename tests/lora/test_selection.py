@@ -207,6 +207,7 @@ def test_rank_and_alpha_patterns(table):
             {"target_modules": ["q_prj"]},
             r"target_modules: 'q_prj' matches no linear module.*did you mean q_proj",
         ),
+        ({"target_modules": ["embed_tokens"]}, r"'embed_tokens' matches no linear.*trainable_token_indices"),
         ({"target_modules": ["q_proj", "zzzz"]}, r"'zzzz' matches no linear module.*names are .*q_proj"),
         ({"target_modules": "q_proj"}, r"no module is selected.*pass \['q_proj'\]"),
         ({"target_modules": r".*xyz"}, r"no module is selected by target_modules='\.\*xyz'"),
@@ -247,3 +248,10 @@ def test_the_summary_shows_what_trains_and_what_does_not(table):
     assert rows["language", "attention"][1] == "12 of 12"
     assert rows["vision", "mlp"] == ["–", "0 of 6", "0"]
     assert rows["total", ""][2] == f"{selection.parameters:,}"
+
+
+def test_a_tied_head_as_a_target_is_refused_with_the_way_out(tiny_config):
+    tied = copy.deepcopy(tiny_config)
+    tied.tie_word_embeddings = tied.get_text_config().tie_word_embeddings = True
+    with pytest.raises(ValueError, match=r"no weight but the embedding's.*modules_to_save=\['lm_head'\]"):
+        select(module_table(tied), LoraConfig(target_modules=["q_proj", "lm_head"]))

@@ -20,6 +20,18 @@ FLAGS = {
 }
 """Part or role → the argument that chooses it."""
 
+NOT_ADAPTED = {
+    "embed_tokens": (
+        "an embedding gets no low-rank adapter here; train rows of it with trainable_token_indices, or all "
+        "of it with modules_to_save=['embed_tokens']"
+    ),
+    "lm_head": (
+        "this model's head has no weight but the embedding's (tie_word_embeddings); train a copy of it with "
+        "modules_to_save=['lm_head']"
+    ),
+}
+"""Names that PEFT would adapt and that may be missing from a module table → what to do instead."""
+
 PARTS = ("vision", "projector", "language", "head")
 """Parts of a model, in the order in which data passes through them."""
 
@@ -293,6 +305,7 @@ def _check_entries(table: ModuleTable, entries: Iterable[str], argument: str) ->
         if not any(matches_name(entry, spec.name) for spec in table):
             near = difflib.get_close_matches(entry, _known_names(table), n=3)
             hint = f"did you mean {', '.join(near)}?" if near else f"names are {', '.join(_leaves(table))}"
+            hint = NOT_ADAPTED.get(entry.rpartition(".")[2], hint)
             raise ValueError(f"{argument}: {entry!r} matches no linear module of the model; {hint}")
 
 
