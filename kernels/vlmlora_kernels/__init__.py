@@ -1,5 +1,6 @@
 """Kernels for quantised weights: arrays in, arrays out, no model code."""
 
+from vlmlora_kernels.dispatch import Choice, explain
 from vlmlora_kernels.int8 import dequantize_int8, matmul_int8, quantize_int8
 from vlmlora_kernels.nf4 import (
     CODE_BOOKS,
@@ -17,11 +18,13 @@ __all__ = [
     "CODE_BOOKS",
     "DYNAMIC_CODE",
     "NESTED_BLOCKSIZE",
+    "Choice",
     "NestedAbsmax",
     "dequantize_4bit",
     "dequantize_int8",
     "double_dequantize",
     "double_quantize",
+    "explain",
     "matmul_4bit",
     "matmul_int8",
     "quantize_4bit",

@@ -1,14 +1,22 @@
 """8-bit weights in the layout of bitsandbytes' LLM.int8(): int8 [out, in] and one scale a row.
 
 A row's scale is its largest magnitude, which bitsandbytes calls SCB: ``W = q * SCB / 127``. Activations are
-not quantised here. Paper: https://arxiv.org/abs/2208.07339.
+not quantised here. Products of few tokens run as a kernel on a Hopper GPU; `vlmlora_kernels.dispatch`
+chooses. Paper: https://arxiv.org/abs/2208.07339.
 """
+
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8
+
+from vlmlora_kernels.dispatch import FUSED, explain
+from vlmlora_kernels.hopper import matvec
+from vlmlora_kernels.lowering import few_tokens, on_cuda
 
 _RECIPROCAL_127 = np.float32(7.874015718698502e-3)
 
@@ -45,31 +53,50 @@ def dequantize_int8(
 
 
 def matmul_int8(
-    x: Float[Array, "*batch in"], values: Int8[Array, "out in"], scale: Float[Array, " out"]
+    x: Float[Array, "*batch in"],
+    values: Int8[Array, "out in"],
+    scale: Float[Array, " out"],
+    *,
+    implementation: str | None = None,
 ) -> Float[Array, "*batch out"]:
     """``x @ W.T`` for an int8 W, in the type of `x`.
 
     The row scales are applied to the product in float32, so the forward pass does not round W. Only `x` has a
     gradient; the backward pass decodes W again: no decoded weight is saved for it.
 
+    Args:
+        x: activations.
+        values: the weight's int8 values.
+        scale: largest magnitude of each row.
+        implementation: ``"fused"`` or ``"xla"`` to insist on one; see `explain`.
+
     Raises:
-        ValueError: the scales do not fit the values.
+        ValueError: the scales do not fit the values, or the `implementation` cannot run this.
     """
     _check_shapes(values, scale)
-    return _matmul(x, values, scale)
+    return _matmul(x, values, scale, implementation)
 
 
-@jax.custom_vjp
-def _matmul(x, values, scale):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _matmul(x, values, scale, implementation):
+    tokens = math.prod(x.shape[:-1])
+    choice = explain(tokens, values.shape, kind="int8", dtype=x.dtype, implementation=implementation)
+    if choice.implementation != FUSED:
+        return _matmul_in_xla(x, values, scale)
+    fused = few_tokens(matvec.EightBit(), values.shape)
+    return fused(x, values, scale) if implementation else on_cuda(fused, _matmul_in_xla, x, values, scale)
+
+
+def _matmul_in_xla(x, values, scale):
     product = jnp.matmul(x, values.astype(x.dtype).T, preferred_element_type=jnp.float32)
     return (product * (scale * _RECIPROCAL_127)).astype(x.dtype)
 
 
-def _matmul_fwd(x, values, scale):
-    return _matmul(x, values, scale), (values, scale)
+def _matmul_fwd(x, values, scale, implementation):
+    return _matmul(x, values, scale, implementation), (values, scale)
 
 
-def _matmul_bwd(residuals, dy):
+def _matmul_bwd(implementation, residuals, dy):
     values, scale = residuals
     return jnp.matmul(dy, dequantize_int8(values, scale, dtype=dy.dtype)), None, None
 

@@ -5,8 +5,11 @@ rows, the last one may be short). Each block has one float32 scale, its largest 
 element is the index of the nearest of 16 values after division by the scale. Two indices share a byte, the
 first in the high nibble. Doubly quantised scales are 8-bit codes of their own, in blocks of 256.
 
-NF4: https://arxiv.org/abs/2305.14314; the 8-bit code: https://arxiv.org/abs/1511.04561. Codes and scales are
-those of bitsandbytes 0.50 on a CPU.
+On a Hopper GPU decoding and products run as kernels (`vlmlora_kernels.hopper`), elsewhere as XLA compiles
+the forms written here; `vlmlora_kernels.dispatch` chooses.
+
+NF4: https://arxiv.org/abs/2305.14314; the 8-bit code: https://arxiv.org/abs/1511.04561. Codes and scales
+are those of bitsandbytes 0.50 on a CPU.
 """
 
 import functools
@@ -19,6 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
+
+from vlmlora_kernels.dispatch import DECODE, FUSED, explain
+from vlmlora_kernels.hopper import dequantize as hopper_dequantize
+from vlmlora_kernels.hopper import matvec
+from vlmlora_kernels.lowering import few_tokens, on_cuda, one_by_one
 
 NESTED_BLOCKSIZE = 256
 
@@ -151,6 +159,7 @@ def dequantize_4bit(
     dtype: DTypeLike,
     quant_type: str = "nf4",
     blocksize: int = 64,
+    implementation: str | None = None,
 ) -> Float[Array, "*shape"]:
     """Decode a matrix: a float32 product of value and scale, rounded once to `dtype`.
 
@@ -161,24 +170,48 @@ def dequantize_4bit(
         dtype: type of the result.
         quant_type: ``"nf4"`` or ``"fp4"``.
         blocksize: elements that share a scale; even.
+        implementation: ``"decode"`` or ``"xla"`` to insist on one; see `explain`.
 
     Returns:
         What ``bitsandbytes.functional.dequantize_4bit`` returns, bit for bit.
 
     Raises:
-        ValueError: unknown `quant_type`, odd `blocksize`, or codes or scales that do not fit `shape`.
+        ValueError: unknown `quant_type`, odd `blocksize`, codes or scales that do not fit `shape`, or an
+            `implementation` that cannot run this.
     """
     _check_format(quant_type, blocksize)
+    _check_fit(codes, absmax, shape, blocksize)
     size = math.prod(shape)
-    blocks = -(-size // blocksize)
-    scales = absmax.codes if isinstance(absmax, NestedAbsmax) else absmax
-    if codes.shape != (-(-size // 2),) or scales.shape != (blocks,):
-        raise ValueError(
-            f"a 4-bit matrix of shape {shape} needs codes [{-(-size // 2)}] and absmax [{blocks}] "
-            f"(blocksize {blocksize}); found {list(codes.shape)} and {list(scales.shape)}"
-        )
+    choice = explain(
+        None, shape, kind=quant_type, dtype=dtype, blocksize=blocksize, implementation=implementation
+    )
+
+    def in_xla(codes: jax.Array, *scales: jax.Array) -> jax.Array:
+        return _dequantize_in_xla(codes, _absmax(scales), shape, dtype, quant_type, blocksize)
+
+    arrays = (codes, *_scale_arrays(absmax))
+    if choice.implementation != DECODE:
+        return in_xla(*arrays)
+    kernel = hopper_dequantize.dequantize(
+        CODE_BOOKS[quant_type], size=size, dtype=dtype, nested=isinstance(absmax, NestedAbsmax)
+    )
+    decode = one_by_one(lambda *arrays: kernel(*arrays).reshape(shape))
+    return decode(*arrays) if implementation else on_cuda(decode, in_xla, *arrays)
+
+
+def _scale_arrays(absmax: Absmax) -> tuple[jax.Array, ...]:
+    return tuple(absmax) if isinstance(absmax, NestedAbsmax) else (absmax,)
+
+
+def _absmax(scales: Sequence[jax.Array]) -> Absmax:
+    return NestedAbsmax(*scales) if len(scales) > 1 else scales[0]
+
+
+def _dequantize_in_xla(codes, absmax, shape, dtype, quant_type, blocksize):
     if isinstance(absmax, NestedAbsmax):
         absmax = double_dequantize(absmax)
+    size = math.prod(shape)
+    blocks = absmax.size
     # One table row a byte: faster than sixteen entries a nibble on a CPU, as fast on a GPU.
     padded = jnp.pad(codes, (0, blocks * blocksize // 2 - codes.size))
     values = jnp.asarray(_BYTE_TABLES[quant_type]).at[padded].get(mode="promise_in_bounds")
@@ -231,21 +264,47 @@ def matmul_4bit(
     shape: tuple[int, int],
     quant_type: str = "nf4",
     blocksize: int = 64,
+    implementation: str | None = None,
 ) -> Float[Array, "*batch out"]:
     """``x @ W.T`` for a 4-bit W of `shape` [out, in], in the type of `x`.
 
     Only `x` has a gradient; the cotangents of codes and scales are zero. The backward pass decodes W again:
     no decoded weight is saved for it.
 
+    Args:
+        x: activations.
+        codes: packed codes of `quantize_4bit`.
+        absmax: one scale a block, plain or doubly quantised.
+        shape: (out, in).
+        quant_type: ``"nf4"`` or ``"fp4"``.
+        blocksize: elements that share a scale; even.
+        implementation: ``"fused"``, ``"decode"`` or ``"xla"`` to insist on one; see `explain`. The backward
+            pass decodes with a kernel unless it is ``"xla"``.
+
     Raises:
         ValueError: as `dequantize_4bit`.
     """
-    return _matmul(x, codes, absmax, (shape, quant_type, blocksize))
+    return _matmul(x, codes, absmax, (shape, quant_type, blocksize, implementation))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _matmul(x, codes, absmax, layout):
-    return jnp.matmul(x, _decode(codes, absmax, layout, x.dtype).T)
+    shape, quant_type, blocksize, implementation = layout
+    tokens = math.prod(x.shape[:-1])
+    choice = explain(
+        tokens, shape, kind=quant_type, dtype=x.dtype, blocksize=blocksize, implementation=implementation
+    )
+
+    def decoded(x: jax.Array, codes: jax.Array, *scales: jax.Array) -> jax.Array:
+        return jnp.matmul(x, _decode(codes, _absmax(scales), layout, x.dtype).T)
+
+    arrays = (x, codes, *_scale_arrays(absmax))
+    if choice.implementation != FUSED:
+        return decoded(*arrays)
+    _check_fit(codes, absmax, shape, blocksize)
+    decoder = matvec.FourBit(CODE_BOOKS[quant_type], isinstance(absmax, NestedAbsmax))
+    fused = few_tokens(decoder, shape)
+    return fused(*arrays) if implementation else on_cuda(fused, decoded, *arrays)
 
 
 def _matmul_fwd(x, codes, absmax, layout):
@@ -261,10 +320,27 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
 def _decode(codes, absmax, layout, dtype):
-    shape, quant_type, blocksize = layout
+    shape, quant_type, blocksize, implementation = layout
     return dequantize_4bit(
-        codes, absmax, shape=shape, dtype=dtype, quant_type=quant_type, blocksize=blocksize
+        codes,
+        absmax,
+        shape=shape,
+        dtype=dtype,
+        quant_type=quant_type,
+        blocksize=blocksize,
+        implementation=None if implementation == FUSED else implementation,
     )
+
+
+def _check_fit(codes, absmax, shape, blocksize):
+    size = math.prod(shape)
+    blocks = -(-size // blocksize)
+    scales = absmax.codes if isinstance(absmax, NestedAbsmax) else absmax
+    if codes.shape != (-(-size // 2),) or scales.shape != (blocks,):
+        raise ValueError(
+            f"a 4-bit matrix of shape {shape} needs codes [{-(-size // 2)}] and absmax [{blocks}] "
+            f"(blocksize {blocksize}); found {list(codes.shape)} and {list(scales.shape)}"
+        )
 
 
 def _check_format(quant_type: str, blocksize: int) -> None:

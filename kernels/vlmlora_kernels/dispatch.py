@@ -1,0 +1,151 @@
+"""The one place that chooses how a quantised weight is decoded or multiplied, and says why."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from vlmlora_kernels.hopper.tuning import FUSED_TOKENS
+
+FUSED, DECODE, XLA = "fused", "decode", "xla"
+IMPLEMENTATIONS = (FUSED, DECODE, XLA)
+_BLOCKSIZE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """How an operation runs.
+
+    Attributes:
+        implementation: ``"fused"`` (a kernel reads the codes and multiplies), ``"decode"`` (a kernel writes
+            W, which a product hands to cuBLAS) or ``"xla"``.
+        reason: why, in one sentence.
+    """
+
+    implementation: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.implementation}: {self.reason}"
+
+
+def explain(
+    tokens: int | None,
+    shape: tuple[int, ...],
+    *,
+    kind: str = "nf4",
+    dtype: DTypeLike = jnp.bfloat16,
+    blocksize: int = _BLOCKSIZE,
+    implementation: str | None = None,
+) -> Choice:
+    """What a product of `tokens` rows, or with None a decoding, would run on the default device.
+
+    Args:
+        tokens: rows of `x`, all batch axes together; None for the decoding of a whole matrix.
+        shape: of the weight, (out, in).
+        kind: ``"nf4"``, ``"fp4"`` or ``"int8"``.
+        dtype: of `x`, or of the decoded matrix.
+        blocksize: elements of a 4-bit weight that share a scale.
+        implementation: one to insist on.
+
+    Raises:
+        ValueError: an unknown `implementation`, or one that cannot run this; the message says why.
+    """
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(
+            f"implementation={implementation!r} is not one of {', '.join(IMPLEMENTATIONS)} "
+            "(or None to choose)"
+        )
+    obstacles = {
+        FUSED: _obstacle_to_fused(tokens, shape, kind, jnp.dtype(dtype), blocksize),
+        DECODE: _obstacle_to_decode(shape, kind, jnp.dtype(dtype), blocksize),
+        XLA: None,
+    }
+    if implementation is not None:
+        if obstacles[implementation]:
+            raise ValueError(
+                f"implementation={implementation!r} cannot run this: {obstacles[implementation]}; "
+                "leave it to None to fall back"
+            )
+        return Choice(implementation, "asked for")
+    obstacle = _obstacle_on_device()
+    if obstacle:
+        return Choice(XLA, obstacle)
+    if not obstacles[FUSED] and tokens is not None and tokens <= FUSED_TOKENS:
+        return Choice(FUSED, f"{tokens} tokens, where reading W is the work")
+    if not obstacles[DECODE]:
+        what = "a decoding" if tokens is None else f"{tokens} tokens, where the product is the work"
+        return Choice(DECODE, what)
+    return Choice(XLA, f"no kernel takes it: {obstacles[DECODE]}")
+
+
+def _obstacle_to_fused(tokens, shape, kind, dtype, blocksize) -> str | None:
+    if tokens is None:
+        return "it is no product"
+    if tokens == 0 or math.prod(shape) == 0:
+        return "it is empty"
+    if tokens > FUSED_TOKENS:
+        return f"the kernel takes {FUSED_TOKENS} tokens at most, and this has {tokens}"
+    if dtype != jnp.bfloat16:
+        return f"the kernel takes bfloat16, and x is {dtype}"
+    if kind != "int8" and blocksize != _BLOCKSIZE:
+        return f"the kernel takes blocks of {_BLOCKSIZE}, and these have {blocksize}"
+    if shape[1] % _BLOCKSIZE or shape[1] < 4 * _BLOCKSIZE:
+        return (
+            f"the kernel takes {4 * _BLOCKSIZE} inputs or more, in multiples of {_BLOCKSIZE}; "
+            f"W has {shape[1]}"
+        )
+    return _obstacle_of_size(shape, 2**32 if kind == "int8" else 2**33)
+
+
+def _obstacle_to_decode(shape, kind, dtype, blocksize) -> str | None:
+    if kind == "int8":
+        return "XLA decodes int8 at the speed of memory"
+    if math.prod(shape) == 0:
+        return "it is empty"
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        return f"the kernel writes bfloat16 or float32, not {dtype}"
+    if blocksize != _BLOCKSIZE:
+        return f"the kernel takes blocks of {_BLOCKSIZE}, and these have {blocksize}"
+    if math.prod(shape) % 8:
+        return f"the kernel takes multiples of 8 elements, and W has {math.prod(shape)}"
+    return _obstacle_of_size(shape, 2**32 // dtype.itemsize)
+
+
+def _obstacle_of_size(shape, limit: int) -> str | None:
+    # Offsets of a kernel are unsigned 32-bit numbers of bytes.
+    size = math.prod(shape)
+    return f"the kernel takes fewer than {limit} elements, and W has {size}" if size >= limit else None
+
+
+def _obstacle_on_device() -> str | None:
+    """Why no kernel of this package runs where this is traced; None on a Hopper GPU."""
+    mesh = jax.sharding.get_abstract_mesh()
+    abstract = getattr(mesh, "abstract_device", None)
+    if abstract is not None:
+        kind = abstract.device_kind
+        if not any(name in kind for name in ("H100", "H200", "H800", "H20", "GH200")):
+            return f"the kernels are for Hopper GPUs, and the mesh is of {kind}"
+    else:
+        device = jax.devices()[0]
+        if device.platform != "gpu":
+            return f"the kernels are for Hopper GPUs, and the default device is a {device.platform}"
+        capability = getattr(device, "compute_capability", None)
+        if capability != "9.0":
+            return (
+                "the kernels are for Hopper GPUs (compute capability 9.0), and "
+                f"{device.device_kind} has {capability}"
+            )
+        is_partitioned = jax.device_count() > 1
+        if mesh.empty and is_partitioned:
+            return (
+                f"a kernel is not partitioned over the {jax.device_count()} devices; call under jax.shard_map"
+            )
+    if any(
+        size > 1 and kind != jax.sharding.AxisType.Manual
+        for size, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    ):
+        return f"a kernel is not partitioned over the axes {mesh.axis_names}; call under jax.shard_map"
+    return None

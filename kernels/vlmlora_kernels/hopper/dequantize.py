@@ -1,0 +1,135 @@
+"""4-bit codes to bfloat16 or float32 at the speed of memory, on a Hopper GPU.
+
+A thread loads 4 bytes (8 elements), looks each nibble up in a table of 16 float32 in shared memory,
+multiplies by the scale in float32, rounds once and writes 16 bytes; its neighbours do the same for the next
+4 bytes, so loads and stores are contiguous across a warp. A block of threads does this `rounds` times, with
+all loads under way at once. The table has a column for every lane, so that lanes never wait for each
+other's bank. The matrix is flat: a block of codes that straddles two rows needs no care.
+"""
+
+import dataclasses
+from types import ModuleType
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from vlmlora_kernels.hopper.launch import Kernel
+
+BLOCKSIZE = 64
+ELEMENTS = 8  # of a word of codes
+NESTED_CODES = 256
+LANES = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """How the work is cut.
+
+    Attributes:
+        warps: warps of a block of threads; a multiple of 4.
+        rounds: words of codes that a thread has in flight.
+    """
+
+    warps: int = 4
+    rounds: int = 8
+
+
+def dequantize(
+    book: np.ndarray, *, size: int, dtype: DTypeLike, nested: bool, tuning: Tuning | None = None
+) -> Kernel:
+    """The kernel that decodes `size` elements.
+
+    Its inputs are the codes, uint8 [size / 2], then the scales: float32 [blocks], or the four arrays of
+    doubly quantised scales. Its result is [size].
+
+    Args:
+        book: the 16 values.
+        size: elements, a multiple of 8; blocks have 64.
+        dtype: bfloat16 or float32.
+        nested: the scales are doubly quantised.
+        tuning: how the work is cut.
+    """
+    tuning = tuning or Tuning()
+    threads = LANES * tuning.warps
+    words = size // ELEMENTS
+    per_block = threads * tuning.rounds
+    whole = words % per_block == 0
+    is_wide = jnp.dtype(dtype) == jnp.float32
+
+    def body(t: ModuleType, inputs: list, out: Any, scratch: list) -> None:
+        codes, *scales = inputs
+        table, scale_table = scratch
+        thread = t.thread()
+        lane4 = t.lane() << 2
+        indices = [t.block() * per_block + thread + i * threads for i in range(tuning.rounds)]
+        safe = indices if whole else [index.min(words - 1) for index in indices]
+        loaded = [t.load_words(codes, index << 2, 1, once=True)[0] for index in safe]
+        raw_scales = [load_scale(t, scales, index >> 3) for index in safe]
+        if nested:
+            t.fill(scale_table, scales[2], NESTED_CODES, thread, threads)
+        fill_table(t, table, book, thread, tuning.warps)
+        t.barrier()
+        for index, word, raw in zip(indices, loaded, raw_scales, strict=True):
+            scale = decode_scale(t, scales, scale_table, raw)
+            values = [t.multiply(_lookup(t, table, word, nibble, lane4), scale) for nibble in range(ELEMENTS)]
+            if whole:
+                _write(t, out, index, values, is_wide)
+            else:
+                with t.when(index < words):
+                    _write(t, out, index, values, is_wide)
+
+    return Kernel(
+        body,
+        shape=(size,),
+        dtype=dtype,
+        grid=-(-words // per_block),
+        warps=tuning.warps,
+        scratch=(16 * LANES, NESTED_CODES if nested else 1),
+        name="nf4_dequantize",
+    )
+
+
+def load_scale(t: ModuleType, scales: list, number: Any) -> tuple:
+    """Start loading the scale of a block: the scale itself, or its code and the scale of that."""
+    if len(scales) == 1:
+        return (t.load_float(scales[0], number << 2),)
+    return t.load_byte(scales[0], number), t.load_float(scales[1], (number >> 8) << 2)
+
+
+def decode_scale(t: ModuleType, scales: list, scale_table: Any, raw: tuple) -> Any:
+    """The scale whose loading was started: for a nested one a product, then a sum, each rounded."""
+    if len(raw) == 1:
+        return raw[0]
+    code = t.load_shared_float(scale_table, raw[0] << 2)
+    return t.add(t.multiply(code, raw[1]), t.load_float(scales[3], 0))
+
+
+def fill_table(t: ModuleType, table: Any, book: np.ndarray, thread: Any, warps: int) -> None:
+    """Write the 16 values once for every lane: value `c` of lane `l` is word ``32 * c + l``."""
+    warp = thread >> 5
+    for first in range(0, 16, warps):
+        mine = book[first : first + warps]
+        value = t.constant(float(mine[0]))
+        for i in range(1, len(mine)):
+            value = t.select(warp.equals(i), t.constant(float(mine[i])), value)
+        with t.when(warp < len(mine)):
+            t.store_float(table, (thread + first * LANES) << 2, value)
+
+
+def _lookup(t: ModuleType, table: Any, word: Any, nibble: int, lane4: Any) -> Any:
+    """The float32 behind one of the 8 nibbles of a word, in the order of elements."""
+    # The first element of a byte is its high nibble; 7 bits are the bytes of one value's row of the table.
+    shift = 8 * (nibble // 2) + (4 if nibble % 2 == 0 else 0) - 7
+    moved = word >> shift if shift > 0 else word << -shift
+    return t.load_shared_float(table, (moved & 0x780) | lane4)
+
+
+def _write(t: ModuleType, out: Any, index: Any, values: list, is_wide: bool) -> None:
+    if is_wide:
+        bits = [t.as_word(value) for value in values]
+        t.store_words(out, index << 5, bits[:4])
+        t.store_words(out, (index << 5) + 16, bits[4:])
+    else:
+        t.store_words(out, index << 4, [t.pack_bfloat16(*values[i : i + 2]) for i in range(0, ELEMENTS, 2)])

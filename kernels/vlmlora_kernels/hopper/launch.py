@@ -1,0 +1,67 @@
+"""A kernel written for one thread, and how to run it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from vlmlora_kernels.hopper import simt
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """What every thread of every block does.
+
+    Attributes:
+        body: called as ``body(t, inputs, out, scratch)``; `t` has the names of `simt`, the rest are pointers.
+        shape: of the result.
+        dtype: of the result.
+        grid: number of blocks of threads.
+        warps: warps of a block; a multiple of 4.
+        scratch: words of each array in shared memory.
+        name: what a profiler shows.
+    """
+
+    body: Callable[..., None]
+    shape: tuple[int, ...]
+    dtype: DTypeLike
+    grid: int
+    warps: int
+    scratch: tuple[int, ...]
+    name: str
+
+    def __call__(self, *inputs: jax.Array) -> jax.Array:
+        """Run on a Hopper GPU."""
+        count = len(inputs)
+
+        def kernel_body(*refs: Any) -> None:
+            @plgpu.inline_mgpu(arg_types=tuple(plgpu.RefType() for _ in refs))
+            def thread_body(_, *refs: Any) -> None:
+                arrays = [simt.Pointer(ref, simt.GLOBAL) for ref in refs[: count + 1]]
+                scratch = [simt.Pointer(ref, simt.SHARED) for ref in refs[count + 1 :]]
+                self.body(simt, arrays[:count], arrays[count], scratch)
+
+            thread_body(*refs)
+
+        run = plgpu.kernel(
+            kernel_body,
+            out_type=jax.ShapeDtypeStruct(self.shape, self.dtype),
+            grid=(self.grid,),
+            grid_names=("block",),
+            num_threads=self.warps // 4,
+            thread_name="warpgroup",
+            scratch_types=[plgpu.SMEM((words,), jnp.int32) for words in self.scratch],
+            kernel_name=self.name,
+        )
+        result = run(*inputs)
+        # Inside shard_map the result varies over the mesh axes that an input varies over; Pallas drops them.
+        varying = frozenset().union(*(_varying(x) for x in inputs)) - _varying(result)
+        return jax.lax.pcast(result, tuple(varying), to="varying") if varying else result
+
+
+def _varying(x: jax.Array) -> frozenset:
+    return jax.typeof(x).manual_axis_type.varying

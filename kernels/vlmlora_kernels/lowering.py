@@ -1,0 +1,58 @@
+"""Kernels among other JAX operations: the choice of platform at lowering, and batching."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from vlmlora_kernels.hopper import matvec
+from vlmlora_kernels.hopper.tuning import FUSED_TOKENS, matvec_tuning
+
+
+def on_cuda(kernel: Callable, elsewhere: Callable, *arrays: jax.Array) -> jax.Array:
+    """`kernel` where the program is lowered for a CUDA GPU, `elsewhere` on any other platform."""
+    return jax.lax.platform_dependent(*arrays, cuda=kernel, default=elsewhere)
+
+
+def one_by_one(kernel: Callable) -> Callable:
+    """`kernel`, which under `jax.vmap` runs once for each element, one after the other."""
+    return jax.custom_batching.sequential_vmap(kernel)
+
+
+def few_tokens(decoder: matvec.FourBit | matvec.EightBit, shape: tuple[int, int]) -> Callable:
+    """The fused product of a weight of `shape`; called with x [*batch, in], the codes and the scales.
+
+    Under `jax.vmap` over `x` alone the batch joins the tokens, as many at a time as the kernel takes; over
+    weights the kernel runs once for each.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def product(x: jax.Array, *weight: jax.Array) -> jax.Array:
+        flat = x.reshape(-1, shape[1])
+        chunks = [flat[i : i + FUSED_TOKENS] for i in range(0, len(flat), FUSED_TOKENS)]
+        outputs = []
+        for chunk in chunks:
+            tuning = matvec_tuning(len(chunk), shape)
+            kernel = matvec.matmul(decoder, tokens=len(chunk), shape=shape, tuning=tuning)
+            outputs.append(kernel(chunk, *weight))
+        y = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs)
+        return y.reshape(*x.shape[:-1], shape[0])
+
+    @product.def_vmap
+    def batched(axis_size: int, in_batched: list, x: jax.Array, *weight: jax.Array):
+        is_weight_batched = any(jax.tree.leaves(in_batched[1:]))
+        if not is_weight_batched and math.prod(x.shape[:-1]) <= 4 * FUSED_TOKENS:
+            return product(x, *weight), True
+        mapped, fixed = [], []
+        flags = [bool(flag) for flag in in_batched]
+        for flag, array in zip(flags, (x, *weight), strict=True):
+            (mapped if flag else fixed).append(array)
+
+        def one(sliced: list) -> jax.Array:
+            sliced, rest = iter(sliced), iter(fixed)
+            return product(*[next(sliced) if flag else next(rest) for flag in flags])
+
+        return jax.lax.map(one, mapped), True
+
+    return product

@@ -1,0 +1,264 @@
+"""Run a kernel of `vlmlora_kernels.hopper` on the CPU, all threads of a block at once, with every access
+checked.
+
+It has the names of `vlmlora_kernels.hopper.simt`; a value is an array with one element a thread. Threads
+run in step, so a barrier has nothing to do. A load or store outside an array, or misaligned, is an error.
+"""
+
+import contextlib
+
+import ml_dtypes
+import numpy as np
+
+_state: dict = {}
+
+
+def _active():
+    return _state["masks"][-1]
+
+
+def _array(value):
+    return np.broadcast_to(np.asarray(value, np.uint32), (_state["threads"],))
+
+
+class Word:
+    def __init__(self, value):
+        self.value = _array(getattr(value, "value", value))
+
+    def __add__(self, other):
+        return Word(self.value + Word(other).value)
+
+    def __sub__(self, other):
+        return Word(self.value - Word(other).value)
+
+    def __mul__(self, other):
+        return Word(self.value * Word(other).value)
+
+    def __floordiv__(self, other):
+        return Word(self.value // Word(other).value)
+
+    def __mod__(self, other):
+        return Word(self.value % Word(other).value)
+
+    def __and__(self, other):
+        return Word(self.value & Word(other).value)
+
+    def __or__(self, other):
+        return Word(self.value | Word(other).value)
+
+    def __xor__(self, other):
+        return Word(self.value ^ Word(other).value)
+
+    def __lshift__(self, other):
+        return Word(self.value << Word(other).value)
+
+    def __rshift__(self, other):
+        return Word(self.value >> Word(other).value)
+
+    def __lt__(self, other):
+        return self.value < Word(other).value
+
+    def equals(self, other):
+        return self.value == Word(other).value
+
+    def min(self, other):
+        return Word(np.minimum(self.value, Word(other).value))
+
+    def max(self, other):
+        return Word(np.maximum(self.value, Word(other).value))
+
+    __radd__, __rmul__ = __add__, __mul__
+
+
+class Pointer:
+    def __init__(self, memory, start=0):
+        self.memory, self.start = memory, start
+
+    def shifted(self, offset):
+        return Pointer(self.memory, self.start + np.asarray(getattr(offset, "value", offset), np.int64))
+
+    def addresses(self, offset, size):
+        """Byte addresses of the active threads, checked."""
+        at = np.broadcast_to(self.shifted(offset).start, (_state["threads"],))[_active()]
+        if at.size and (at.min() < 0 or at.max() + size > self.memory.size or (at % size).any()):
+            raise IndexError(f"{size} bytes at {at.min()}..{at.max()} of an array of {self.memory.size}")
+        return at[:, None] + np.arange(size)
+
+
+def _load(pointer, offset, size, dtype):
+    values = np.zeros((_state["threads"], size), np.uint8)
+    values[_active()] = pointer.memory[pointer.addresses(offset, size)]
+    return values.view(dtype)
+
+
+def _store(pointer, offset, values):
+    values = np.ascontiguousarray(values).view(np.uint8).reshape(_state["threads"], -1)
+    pointer.memory[pointer.addresses(offset, values.shape[1])] = values[_active()]
+
+
+def load_words(pointer, offset, count, *, once=False):
+    return [Word(column) for column in _load(pointer, offset, 4 * count, np.uint32).T]
+
+
+def load_shared(pointer, offset):
+    return load_words(pointer, offset, 1)[0]
+
+
+def load_float(pointer, offset):
+    return _load(pointer, offset, 4, np.float32)[:, 0]
+
+
+load_shared_float = load_float
+
+
+def load_byte(pointer, offset):
+    return Word(_load(pointer, offset, 1, np.uint8)[:, 0])
+
+
+def store_words(pointer, offset, words):
+    _store(pointer, offset, np.stack([word.value for word in words], 1))
+
+
+def store_float(pointer, offset, value):
+    _store(pointer, offset, np.broadcast_to(np.float32(value), (_state["threads"],)))
+
+
+def store_bfloat16(pointer, offset, value):
+    _store(pointer, offset, value.astype(ml_dtypes.bfloat16).view(np.uint16))
+
+
+def constant(value):
+    return np.full(_state["threads"], value, np.float32)
+
+
+def multiply(a, b):
+    return a * b
+
+
+def add(a, b):
+    return a + b
+
+
+def fma(a, b, c):
+    return (a.astype(np.float64) * b + c).astype(np.float32)
+
+
+def as_float(word):
+    return (
+        word.value.view(np.float32) if word.value.flags.c_contiguous else word.value.copy().view(np.float32)
+    )
+
+
+def as_word(value):
+    return Word(np.ascontiguousarray(value).view(np.uint32))
+
+
+def pack_bfloat16(low, high):
+    low, high = (v.astype(ml_dtypes.bfloat16).view(np.uint16).astype(np.uint32) for v in (low, high))
+    return Word(low | high << np.uint32(16))
+
+
+def select(condition, a, b):
+    if isinstance(a, Word):
+        return Word(np.where(condition, a.value, b.value))
+    return np.where(condition, a, b)
+
+
+def both(a, b):
+    return a & b
+
+
+def permute(low, high, selector):
+    pool = np.stack([low.value, high.value], 1).view(np.uint8)
+    return Word(sum(pool[:, selector >> 4 * i & 7].astype(np.uint32) << np.uint32(8 * i) for i in range(4)))
+
+
+def shuffle(value, lane_):
+    return Word(value.value.reshape(-1, 32)[np.arange(_state["threads"]) // 32, lane_.value])
+
+
+def mma(a, b, accumulator):
+    lane_ = np.arange(32)
+    group, quarter = lane_ // 4, lane_ % 4
+
+    def halves(word):
+        return np.ascontiguousarray(word.value).view(ml_dtypes.bfloat16).reshape(-1, 32, 2).astype(np.float32)
+
+    warps = _state["threads"] // 32
+    left, right = np.zeros((warps, 16, 16), np.float32), np.zeros((warps, 16, 8), np.float32)
+    for i, word in enumerate(a):
+        for half in range(2):
+            left[:, group + 8 * (i % 2), 2 * quarter + half + 8 * (i // 2)] = halves(word)[..., half]
+    for i, word in enumerate(b):
+        for half in range(2):
+            right[:, 2 * quarter + half + 8 * i, group] = halves(word)[..., half]
+    product = left @ right
+    return [
+        accumulator[k] + product[:, group + 8 * (k // 2), 2 * quarter + k % 2].reshape(-1) for k in range(4)
+    ]
+
+
+def thread():
+    return Word(np.arange(_state["threads"]))
+
+
+def lane():
+    return Word(np.arange(_state["threads"]) % 32)
+
+
+def warp():
+    return Word(np.arange(_state["threads"]) // 32)
+
+
+def block():
+    return Word(_state["block"])
+
+
+def barrier():
+    pass
+
+
+@contextlib.contextmanager
+def when(condition):
+    _state["masks"].append(_active() & condition)
+    yield
+    _state["masks"].pop()
+
+
+def branch(condition, values, body):
+    with when(condition):
+        return [np.where(condition, new, old) for new, old in zip(body(), values, strict=True)]
+
+
+def loop(count, carry, body):
+    for i in range(int(count.value[_active()].max(initial=0))):
+        runs = i < count.value
+        with when(runs):
+            carry = [np.where(runs, new, old) for new, old in zip(body(Word(i), carry), carry, strict=True)]
+    return carry
+
+
+def fill(target, source, count, thread_, threads):
+    for first in range(0, count, threads):
+        index = thread_ + first
+        with when(index < count):
+            store_float(target, index << 2, load_float(source, index << 2))
+
+
+def run(kernel, *inputs):
+    """The result of `kernel` on numpy arrays; every element of the result must have been written."""
+    import sys
+
+    def memory(array):
+        return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+    size = int(np.prod(kernel.shape))
+    out = np.full(size, np.nan, kernel.dtype)
+    pointers = [Pointer(memory(array)) for array in inputs]
+    with np.errstate(over="ignore", invalid="ignore"):
+        for index in range(kernel.grid):
+            threads = 32 * kernel.warps
+            _state.update(threads=threads, block=index, masks=[np.ones(threads, bool)])
+            scratch = [Pointer(memory(np.full(words, np.nan, np.float32))) for words in kernel.scratch]
+            kernel.body(sys.modules[__name__], pointers, Pointer(out.view(np.uint8)), scratch)
+    return out.reshape(kernel.shape)

@@ -1,0 +1,227 @@
+"""The Hopper kernels: what their threads compute, thread by thread on the CPU, and what JAX makes of them.
+
+The emulator runs the code that the GPU runs. Lowering and choosing need no GPU either: an abstract device
+is enough.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
+
+from tests.kernels import emulator
+from vlmlora_kernels import (
+    CODE_BOOKS,
+    DYNAMIC_CODE,
+    NestedAbsmax,
+    dequantize_4bit,
+    double_dequantize,
+    explain,
+    matmul_4bit,
+    matmul_int8,
+)
+from vlmlora_kernels.hopper.dequantize import Tuning as DecodeTuning
+from vlmlora_kernels.hopper.dequantize import dequantize
+from vlmlora_kernels.hopper.matvec import EightBit, FourBit, Tuning, matmul
+from vlmlora_kernels.hopper.tuning import FUSED_TOKENS, matvec_tuning
+
+H100 = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu"))
+
+
+def four_bit(size, nested, seed):
+    """Random codes and scales, and the scales in float32."""
+    rng = np.random.default_rng(seed)
+    blocks = -(-size // 64)
+    codes = rng.integers(0, 256, size // 2, np.uint8)
+    if not nested:
+        absmax = rng.uniform(0.01, 1, blocks).astype(np.float32)
+        return codes, (absmax,), absmax
+    scales = (
+        rng.integers(0, 256, blocks, np.uint8),
+        rng.uniform(0.01, 0.1, -(-blocks // 256)).astype(np.float32),
+        DYNAMIC_CODE,
+        np.float32(0.2),
+    )
+    return codes, scales, np.asarray(double_dequantize(NestedAbsmax(*map(jnp.asarray, scales))))
+
+
+def decoded(codes, absmax, size, quant_type):
+    """In float32, element by element: another way than the library's byte table."""
+    nibbles = np.stack([codes >> 4, codes & 15], axis=1).reshape(-1)
+    return CODE_BOOKS[quant_type][nibbles] * np.repeat(absmax, 64)[:size]
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    words=st.integers(1, 700),
+    nested=st.booleans(),
+    quant_type=st.sampled_from(["nf4", "fp4"]),
+    dtype=st.sampled_from(["bfloat16", "float32"]),
+    warps=st.sampled_from([4, 8, 20]),
+)
+def test_decoding_is_exact_for_any_size(words, nested, quant_type, dtype, warps):
+    size = 8 * words
+    codes, scales, absmax = four_bit(size, nested, seed=words)
+    kernel = dequantize(
+        CODE_BOOKS[quant_type],
+        size=size,
+        dtype=jnp.dtype(dtype),
+        nested=nested,
+        tuning=DecodeTuning(warps=warps, rounds=2),
+    )
+    expected = decoded(codes, absmax, size, quant_type).astype(jnp.dtype(dtype))
+    bits = {"bfloat16": np.uint16, "float32": np.uint32}[dtype]
+    np.testing.assert_array_equal(emulator.run(kernel, codes, *scales).view(bits), expected.view(bits))
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    tokens=st.integers(1, FUSED_TOKENS),
+    out=st.integers(1, 90),
+    pieces=st.integers(4, 19),
+    kind=st.sampled_from(["nf4", "nested", "int8"]),
+    tuning=st.sampled_from([None, Tuning(3, 1, 1, 3), Tuning(1, 2, 3, 2), Tuning(5, 1, 2, 1)]),
+)
+def test_products_of_any_shape(tokens, out, pieces, kind, tuning):
+    shape = (out, 64 * pieces)
+    tuning = tuning or matvec_tuning(tokens, shape)
+    if pieces // tuning.splits < 4:
+        tuning = Tuning(tuning.groups, 1, tuning.row_tiles)
+    rng = np.random.default_rng(out)
+    x = rng.standard_normal((tokens, shape[1])).astype(jnp.bfloat16)
+    if kind == "int8":
+        decoder = EightBit()
+        codes = rng.integers(-127, 128, shape, np.int8)
+        scales = (rng.uniform(0.1, 1, out).astype(np.float32),)
+        weight = codes * scales[0][:, None] / 127
+    else:
+        decoder = FourBit(CODE_BOOKS["nf4"], kind == "nested")
+        codes, scales, absmax = four_bit(out * shape[1], kind == "nested", seed=out)
+        weight = decoded(codes, absmax, out * shape[1], "nf4").reshape(shape)
+    product = emulator.run(matmul(decoder, tokens=tokens, shape=shape, tuning=tuning), x, codes, *scales)
+    expected = x.astype(np.float64) @ weight.astype(np.float64).T
+    error = np.linalg.norm(product.astype(np.float64) - expected) / np.linalg.norm(expected)
+    # The 16 values and the result are rounded to bfloat16: 2**-9 at most, 1.7e-3 on average, each.
+    assert error < 4e-3
+
+
+def arguments(shape, tokens=3, layers=None):
+    """Abstract x, codes and doubly quantised scales."""
+    size = shape[0] * shape[1]
+    stack = () if layers is None else (layers,)
+    array = lambda *s, dtype: jax.ShapeDtypeStruct((*stack, *s), dtype)  # noqa: E731
+    scales = NestedAbsmax(
+        array(size // 64, dtype=jnp.uint8),
+        array(-(-size // 64 // 256), dtype=jnp.float32),
+        array(256, dtype=jnp.float32),
+        array(dtype=jnp.float32),
+    )
+    return jax.ShapeDtypeStruct((tokens, shape[1]), jnp.bfloat16), array(size // 2, dtype=jnp.uint8), scales
+
+
+def lowered_for(platform, function, *args):
+    with jax.sharding.use_abstract_mesh(H100):
+        return jax.jit(function).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_the_platform_is_chosen_when_lowering():
+    shape = (96, 512)
+
+    def loss(x, codes, scales):
+        return matmul_4bit(x, codes, scales, shape=shape).astype(jnp.float32).sum()
+
+    function = jax.value_and_grad(loss)
+    for_gpu = lowered_for("cuda", function, *arguments(shape))
+    assert "nf4_matmul_few_tokens" in for_gpu, "the forward pass reads the codes"
+    assert "nf4_dequantize" in for_gpu, "the backward pass decodes"
+    assert "mosaic_gpu" not in lowered_for("cpu", function, *arguments(shape))
+    x = jax.ShapeDtypeStruct((2, 512), jnp.bfloat16)
+    values, scale = jax.ShapeDtypeStruct(shape, jnp.int8), jax.ShapeDtypeStruct(shape[:1], jnp.float32)
+    assert "int8_matmul_few_tokens" in lowered_for("cuda", matmul_int8, x, values, scale)
+
+
+def test_a_scan_with_remat_reads_the_stack_in_place():
+    shape, layers = (96, 512), 3
+
+    @jax.checkpoint
+    def layer(x, weight):
+        y = matmul_4bit(x, *weight, shape=shape)
+        return x + jnp.pad(y, ((0, 0), (0, shape[1] - shape[0]))), None
+
+    def loss(x, codes, scales):
+        return jax.lax.scan(layer, x, (codes, scales))[0].astype(jnp.float32).sum()
+
+    x, codes, scales = arguments(shape, tokens=80, layers=layers)
+    text = lowered_for("cuda", jax.value_and_grad(loss), x, codes, scales)
+    assert "nf4_dequantize" in text
+    stack = "tensor<3x24576xui8>"
+    makers = [line for line in text.splitlines() if line.rstrip().endswith(f"-> {stack}")]
+    assert not [line for line in makers if "func" not in line and "call" not in line], "the stack is copied"
+    assert "tensor<3x96x512x" not in text, "no decoded stack is saved"
+
+
+def test_under_vmap_and_shard_map():
+    shape = (96, 512)
+    x, codes, scales = arguments(shape, tokens=2, layers=2)
+    xs = jax.ShapeDtypeStruct((2, *x.shape), x.dtype)
+    product = functools.partial(matmul_4bit, shape=shape)
+    assert "few_tokens" in lowered_for("cuda", jax.vmap(product), xs, codes, scales)
+    alone = arguments(shape, tokens=2)
+    assert "few_tokens" in lowered_for("cuda", jax.vmap(product, (0, None, None)), xs, *alone[1:])
+    mesh = AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,), abstract_device=H100.abstract_device)
+    replicated = PartitionSpec()
+    sharded = jax.shard_map(
+        product,
+        mesh=mesh,
+        in_specs=(PartitionSpec("data"), replicated, replicated),
+        out_specs=PartitionSpec("data"),
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = jax.jit(sharded).trace(*alone).lower(lowering_platforms=("cuda",)).as_text()
+        assert "few_tokens" in text
+        outside = explain(2, shape)
+    assert outside.implementation == "xla"
+    assert "shard_map" in outside.reason
+
+
+CASES = [
+    (1, (512, 1024), {}, "fused"),
+    (FUSED_TOKENS + 1, (512, 1024), {}, "decode"),
+    (None, (512, 1024), {}, "decode"),
+    (4, (10, 3420), {}, "decode"),
+    (4, (5, 37), {}, "xla"),
+    (4, (512, 1024), {"dtype": "float32"}, "decode"),
+    (None, (512, 1024), {"dtype": "float16"}, "xla"),
+    (4, (512, 1024), {"blocksize": 128}, "xla"),
+    (4, (512, 1024), {"kind": "int8"}, "fused"),
+    (512, (512, 1024), {"kind": "int8"}, "xla"),
+    (1, (2**17, 2**17), {}, "xla"),
+]
+
+
+@pytest.mark.parametrize(("tokens", "shape", "more", "expected"), CASES)
+def test_every_choice_has_a_reason(tokens, shape, more, expected):
+    with jax.sharding.use_abstract_mesh(H100):
+        choice = explain(tokens, shape, **more)
+        assert choice.implementation == expected, str(choice)
+        if expected == "xla":
+            with pytest.raises(ValueError, match="cannot run this"):
+                explain(tokens, shape, implementation="fused", **more)
+    assert explain(tokens, shape, **more).implementation == "xla", "no GPU here"
+
+
+def test_what_is_asked_for_is_checked():
+    with pytest.raises(ValueError, match="is not one of fused, decode, xla"):
+        explain(1, (8, 256), implementation="triton")
+    x, codes, scales = arguments((5, 64))
+    with pytest.raises(ValueError, match="256 inputs or more"):
+        jax.eval_shape(
+            functools.partial(matmul_4bit, shape=(5, 64), implementation="fused"), x, codes, scales
+        )
+    with pytest.raises(ValueError, match="needs codes"):
+        jax.eval_shape(functools.partial(dequantize_4bit, shape=(6, 64), dtype="bfloat16"), codes, scales)
