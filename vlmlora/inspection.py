@@ -191,7 +191,7 @@ class Inspection:
             caption="By use_gradient_checkpointing: activations of 1,000 tokens, on the device and in "
             f"pinned host memory, and of a {image} image. Then the peak with each base, for {batch.rows} "
             f"rows of {batch.tokens:,} tokens with an image each, without the compiler's temporaries. "
-            "Attention is fused, except in images that a model pads to one size, without checkpointing.",
+            "Attention is fused.",
             caption_justify="left",
         )
         table.add_column("checkpointing", no_wrap=True)

@@ -1,5 +1,10 @@
 """Scaled dot-product attention on the fastest implementation that the device and the mask allow."""
 
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -11,6 +16,21 @@ ATTENTION_OUTPUT = "attention_output"
 """Name of what attention computes."""
 FUSED_ATTENTION = "dot_product_attention_fwd"
 """How the names of the primitives begin that compute attention in one kernel."""
+
+_AS_FUSED: ContextVar[bool] = ContextVar("as_fused", default=False)
+
+
+@contextmanager
+def traced_as_fused() -> Iterator[None]:
+    """While the body traces, attention leaves its inputs alone for the backward pass, as a fused kernel does.
+
+    For counting what a GPU would save on a machine that has none.
+    """
+    token = _AS_FUSED.set(True)
+    try:
+        yield
+    finally:
+        _AS_FUSED.reset(token)
 
 
 def attention(
@@ -41,16 +61,15 @@ def attention(
     if segment_ids is not None:
         same = segment_ids[:, :, None] == segment_ids[:, None, :]
         mask = same if mask is None else mask & same
-    output = jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
+    attend = functools.partial(
+        jax.nn.dot_product_attention,
         is_causal=is_causal,
         mask=None if mask is None else mask[:, None],
         key_value_seq_lengths=kv_lengths,
         scale=scale,
         implementation=_implementation(query, key, mask),
     )
+    output = (jax.checkpoint(attend) if _AS_FUSED.get() else attend)(query, key, value)
     return checkpoint_name(output, ATTENTION_OUTPUT)
 
 

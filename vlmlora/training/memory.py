@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 from vlmlora.models.load_plan import QUANTIZED_PARTS
 from vlmlora.models.module_table import linear_modules, module_table
 from vlmlora.models.registry import family_of
+from vlmlora.nn.attention import traced_as_fused
 from vlmlora.nn.stack import Remat
 from vlmlora.nn.variables import Trainable
 from vlmlora.quantization.weights import INT8Weight, NF4Weight
@@ -110,10 +111,8 @@ class MemoryPlan:
 def plan_memory(module: nnx.Module, config: PreTrainedConfig) -> MemoryPlan:
     """Plan the memory of a training step.
 
-    Attention counts as the fused kernels have it, which keep no matrix of tokens × tokens. One case is left:
-    a family that pads every image to one size gives no growth to tell the matrices by, so that its
-    `per_image` without checkpointing counts them as XLA's attention keeps them. Not included are a layer's
-    decoded weight, the compiler's temporaries and what the memory allocator wastes.
+    Attention counts as fused kernels have it, which keep no matrix of tokens × tokens. Not included are a
+    layer's decoded weight, the compiler's temporaries and what the memory allocator wastes.
 
     Args:
         module: the model with its adapters; all arrays may be shapes.
@@ -189,36 +188,27 @@ def _plan_activations(module: nnx.Module, config: PreTrainedConfig) -> dict[bool
 def _activations_of(
     remat: Remat | None, graphdef: nnx.GraphDef, adapters: PyTree, frozen: PyTree, config: PreTrainedConfig
 ) -> Activations:
-    """Activations by what they are proportional to, from their growth with the size of a row.
-
-    Without checkpointing attention's matrices are saved where XLA computes it, and fused kernels save none:
-    they are what grows with the square, which a third size tells apart.
-    """
+    """Activations by what they are proportional to, from their growth with the size of a row."""
     loss_fn = make_loss_fn(graphdef, gradient_checkpointing=remat or False)
     batch_shapes = family_of(config).batch_shapes
 
     def saved(chunks: int, images: int) -> np.ndarray:
         """Bytes on the device, on the host, and of a layer, for one row."""
         size = (images * IMAGE_SIZE[0], IMAGE_SIZE[1]) if images else None
-        arrays, layer = saved_arrays(
-            loss_fn, adapters, frozen, batch_shapes(config, 1, chunks * CHUNK_SIZE, size)
-        )
+        with traced_as_fused():
+            arrays, layer = saved_arrays(
+                loss_fn, adapters, frozen, batch_shapes(config, 1, chunks * CHUNK_SIZE, size)
+            )
         host = sum(_bytes_of(array) for array in arrays if array.memory_space == _HOST)
         return np.array([sum(map(_bytes_of, arrays)) - host, host, layer])
 
-    text = [saved(chunks, 0) for chunks in ((1, 2, 3) if remat is None else (1, 2))]
-    images = [saved(1, count) - text[0] for count in ((1, 2, 3) if remat is None else (1,))]
-    fixed, per_chunk = _coefficients(text)[:2]
-    image = _coefficients(images)[:2].sum(axis=0)
+    text = [saved(chunks, 0) for chunks in (1, 2)]
+    per_chunk = text[1] - text[0]
+    fixed, image = text[0] - per_chunk, saved(1, 1) - text[0]
     fixed, per_1000, image = (
         np.round(each).astype(int).tolist() for each in (fixed, per_chunk * 1000 / CHUNK_SIZE, image)
     )
     return Activations(Bytes(*fixed[:2]), Bytes(*per_1000[:2]), Bytes(*image[:2]), per_1000[2])
-
-
-def _coefficients(values: list[np.ndarray]) -> np.ndarray:
-    """Of 1, n, n², …: the polynomial that has these values at n = 1, 2, 3, …"""
-    return np.linalg.solve(np.vander(np.arange(1.0, len(values) + 1), increasing=True), np.array(values))
 
 
 def _frozen_bytes(config: PreTrainedConfig) -> dict[str, int]:
