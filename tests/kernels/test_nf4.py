@@ -1,5 +1,7 @@
 """4-bit codes, scales and products against bitsandbytes on the CPU."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +36,13 @@ def matrix(shape, dtype, seed=0):
     values[0] = values[-1] = 0
     tensor = torch.from_numpy(values).to(DTYPES[dtype])
     return tensor, jnp.asarray(tensor.float().numpy()).astype(dtype)
+
+
+def decoded_by_bitsandbytes(codes, state):
+    """As one row: on a CPU with AVX-512, bitsandbytes 0.50 decodes blocks that straddle rows wrongly."""
+    one_row = copy.copy(state)
+    one_row.shape = torch.Size((1, state.shape.numel()))
+    return bnb.dequantize_4bit(codes, one_row).reshape(state.shape)
 
 
 def value_and_pullback(function, x, dy):
@@ -84,7 +93,7 @@ def test_any_shape_quantises_as_bitsandbytes(out, features, scale, seed):
     np.testing.assert_array_equal(codes, expected.numpy()[:, 0])
     np.testing.assert_array_equal(absmax, state.absmax.numpy())
     decoded = dequantize(codes, absmax, shape=values.shape, dtype="float32")
-    np.testing.assert_array_equal(decoded, bnb.dequantize_4bit(expected, state).numpy())
+    np.testing.assert_array_equal(decoded, decoded_by_bitsandbytes(expected, state).numpy())
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
@@ -112,7 +121,7 @@ def test_other_block_sizes(blocksize):
     np.testing.assert_array_equal(codes, expected.numpy()[:, 0])
     decoded = dequantize_4bit(codes, absmax, shape=(6, 70), dtype="bfloat16", blocksize=blocksize)
     np.testing.assert_array_equal(
-        decoded.astype("float32"), bnb.dequantize_4bit(expected, state).float().numpy()
+        decoded.astype("float32"), decoded_by_bitsandbytes(expected, state).float().numpy()
     )
 
 
@@ -128,7 +137,7 @@ def test_decoding_is_that_of_bitsandbytes_bit_for_bit(shape, dtype, quant_type, 
     decoded = dequantize(
         jnp.asarray(packed.numpy()[:, 0]), absmax, shape=shape, dtype=dtype, quant_type=quant_type
     )
-    expected = bnb.dequantize_4bit(packed, state).float().numpy()
+    expected = decoded_by_bitsandbytes(packed, state).float().numpy()
     np.testing.assert_array_equal(decoded.astype("float32"), expected)
 
 
