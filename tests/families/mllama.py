@@ -169,5 +169,5 @@ FAMILY = Description(
     processor=ProcessorCase(
         reference=reference_processor, config=processor_config, conversations=conversations
     ),
-    slow=("llama3_rotary", "other_tiles"),
+    slow=("other_tiles",),
 )
