@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
 from safetensors.numpy import load_file
 
@@ -72,3 +73,30 @@ def test_merging_in_place_keeps_every_part_where_it_is(both):
     assert isinstance(weight, ShardedWeight)
     held = {shard.data.nbytes for shard in weight.value.addressable_shards}
     assert held == {weight.nbytes // 4}
+
+
+def test_what_trains_beside_the_adapters_has_the_gradients_of_one_device():
+    arguments = {"modules_to_save": ["merger"], "bias": "all", "trainable_token_indices": [3, 5, 80]}
+    samples = handwritten_samples("train", 8, seed=1)
+
+    def step(mesh, policy):
+        """Loss and gradients, which gradient descent at rate 1 subtracts."""
+        model, processor = FastVisionModel.from_pretrained(
+            bundled_model(), load_in_16bit=True, progress=False, mesh=mesh
+        )
+        FastVisionModel.get_peft_model(model, r=4, layers_to_transform=[0, 2], verbose=False, **arguments)
+        rows = [processor.encode(reading_messages(sample, answer=True)) for sample in samples]
+        graphdef, adapters, frozen = model.split()
+        before = jax.tree.map(np.asarray, adapters)
+        optimizer = optax.sgd(1.0)
+        take = make_train_step(make_loss_fn(graphdef, gradient_checkpointing=policy), optimizer)
+        batch = make_batches(rows, processor, batch_size=8)[0]
+        state, metrics = take(init_train_state(adapters, optimizer), frozen, batch)
+        return metrics["loss"], jax.tree.map(lambda a, b: a - np.asarray(b), before, state.adapters)
+
+    loss, gradients = step(MESH, "attention+mlp")
+    wanted_loss, wanted = step(None, True)
+    # float32 sums over rows and features in another order.
+    np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5)
+    for found, each in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(found, each, rtol=0, atol=1e-4 * np.abs(each).max())

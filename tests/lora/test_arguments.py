@@ -172,6 +172,8 @@ def assert_both_ways(base, arguments):
         warnings.simplefilter("error")
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings|.*lora_bias=True|.*ensure_weight_ty")
+        # PEFT takes the one axis of its own lora_B.bias for a sign of lost shards.
+        warnings.filterwarnings("ignore", message=r"(?s)Adapter 'default': .*lora_B\.bias:\(\d+,\)")
         # A pattern may be of modules that were not chosen.
         warnings.filterwarnings("ignore", message="The following .* keys did not match any targeted module")
         model.save_pretrained(directory / "ours")

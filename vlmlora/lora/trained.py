@@ -22,7 +22,8 @@ from vlmlora.models.module_table import layer_names, stacked_name
 from vlmlora.nn.linear import Embedding, Linear
 from vlmlora.nn.trained import TRAINED, TrainedParameter, TrainedRows
 from vlmlora.nn.variables import Frozen
-from vlmlora.quantization.weights import DenseWeight, Weight
+from vlmlora.quantization.sharded import is_dense
+from vlmlora.quantization.weights import Weight
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ class BaseModel:
             parameters[name] = path, layer
             if layer is not None:
                 lists.add(stacked_name(module, path).partition(".{layer}")[0])
-            if isinstance(value, Weight) and not isinstance(value, DenseWeight):
+            if isinstance(value, Weight) and not is_dense(value):
                 quantized.add(name)
         modules: dict[str, None] = {}
         for name in parameters:
@@ -250,7 +251,7 @@ def trained_tensors(
 def part_shape(module: nnx.Module, part: TrainedPart) -> tuple[int, ...]:
     """Shape of what trains of one layer, or of the rows that train."""
     value = _original(module, part).get_value()
-    shape = value.shape if part.layers is None or isinstance(value, DenseWeight) else value.shape[1:]
+    shape = value.shape if part.layers is None or is_dense(value) else value.shape[1:]
     return tuple(shape) if part.rows is None else (len(part.rows), shape[1])
 
 
@@ -286,7 +287,7 @@ def _make(module: nnx.Module, part: TrainedPart) -> Trained:
 
 def _start(part: TrainedPart, is_new_head: bool, frozen: Frozen) -> Trained:
     value = frozen.get_value()
-    array = value.value if isinstance(value, DenseWeight) else value
+    array = value.value if is_dense(value) else value
     if is_new_head:
         return TrainedParameter(None, _float32(array), dtype=array.dtype, is_weight=True)
     if part.rows is not None:
@@ -296,7 +297,7 @@ def _start(part: TrainedPart, is_new_head: bool, frozen: Frozen) -> Trained:
         frozen,
         _float32(array[np.array(part.layers)] if is_partial else array),
         dtype=array.dtype,
-        is_weight=isinstance(value, DenseWeight),
+        is_weight=is_dense(value),
         layers=part.layers,
         is_partial=is_partial,
         is_tied=part.is_tied,

@@ -412,6 +412,11 @@ def shard_weight(weight: Weight, layout: Layout) -> Weight:
     return dataclasses.replace(abstract, parts=_four_bit_from_host(host, abstract.parts, layout))
 
 
+def is_dense(value: Any) -> bool:
+    """Whether a value is a dense weight, on one device or on a mesh."""
+    return isinstance(value.parts if isinstance(value, ShardedWeight) else value, DenseWeight)
+
+
 def layout_of(weight: Weight) -> Layout | None:
     """The layout of a sharded weight, or of a mixed one's pools; None for a weight of one device."""
     if isinstance(weight, MixedWeight):
