@@ -6,14 +6,13 @@ Matches transformers' ``models/mllama/modeling_mllama.py``.
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from transformers import MllamaVisionConfig
 
 from vlmlora.nn.attention import attention
 from vlmlora.nn.linear import Embedding, Linear
-from vlmlora.nn.mlp import MLP_HIDDEN, activation
+from vlmlora.nn.mlp import MLP
 from vlmlora.nn.norm import LayerNorm
 from vlmlora.nn.stack import Remat, scan_layers_and_keep
 from vlmlora.nn.variables import parameter
@@ -129,19 +128,6 @@ class VisionAttention(nnx.Module):
         return self.o_proj(out[..., : self.head_dim].reshape(x.shape), key=key)
 
 
-class VisionMLP(nnx.Module):
-    """Two linear layers."""
-
-    def __init__(self, config: MllamaVisionConfig, *, dtype: DTypeLike, stack: int):
-        self.act = activation(config.hidden_act)
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size, dtype=dtype, stack=stack)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size, dtype=dtype, stack=stack)
-
-    def __call__(self, x: jax.Array, *, key: PRNGKeyArray | None = None) -> jax.Array:
-        """``fc2(act(fc1(x)))``."""
-        return self.fc2(self.act(checkpoint_name(self.fc1(x, key=key), MLP_HIDDEN)), key=key)
-
-
 class VisionEncoderLayer(nnx.Module):
     """Pre-norm transformer block, whose two residual branches may have gates."""
 
@@ -149,7 +135,7 @@ class VisionEncoderLayer(nnx.Module):
         self.stack = stack
         shared = {"dtype": dtype, "stack": stack}
         self.self_attn = VisionAttention(config, **shared)
-        self.mlp = VisionMLP(config, **shared)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, hidden_act=config.hidden_act, **shared)
         self.input_layernorm = LayerNorm(config.hidden_size, eps=config.norm_eps, **shared)
         self.post_attention_layernorm = LayerNorm(config.hidden_size, eps=config.norm_eps, **shared)
         self.is_gated = is_gated
