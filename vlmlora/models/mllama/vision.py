@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from transformers import MllamaVisionConfig
 
 from vlmlora.nn.attention import attention
-from vlmlora.nn.linear import Embedding, Linear
+from vlmlora.nn.linear import Embedding, Linear, apply_to_same
 from vlmlora.nn.mlp import MLP
 from vlmlora.nn.norm import LayerNorm
 from vlmlora.nn.stack import Remat, scan_layers_and_keep
@@ -112,9 +112,8 @@ class VisionAttention(nnx.Module):
     ) -> Float[Array, "images patches hidden"]:
         """Patches see each other, except that padding does not see padding (transformers' mask)."""
         heads = (*x.shape[:2], -1, self.head_dim)
-        query, keys, values = (
-            projection(x, key=key).reshape(heads) for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        projected = apply_to_same(x, self.q_proj, self.k_proj, self.v_proj, key=key)
+        query, keys, values = (each.reshape(heads) for each in projected)
         # The mask is the outer product of `is_padding` with itself, so one more feature of queries and keys
         # says it, and attention needs no array of patches × patches.
         flags = jnp.broadcast_to(is_padding[..., None, None], (*query.shape[:3], 1)).astype(x.dtype)
