@@ -36,7 +36,7 @@ from flax import nnx
 
 from benchmarks.flops import training_flops
 from benchmarks.random_model import random_model
-from benchmarks.record import save
+from benchmarks.record import environment, save
 from benchmarks.shapes import CONFIGS, image_text_batch, make_config
 from benchmarks.trace import read_program, summarize, trace_steps
 from vlmlora.compilation_cache import enable_compilation_cache
@@ -234,7 +234,8 @@ def run_isolated(arguments: argparse.Namespace, argv: list[str]) -> dict[str, An
         for work in arguments.work:
             for policy in arguments.policy:
                 out = Path(directory) / "result.json"
-                alone = ["--work", work, "--policy", str(policy), "--out", str(out)]
+                name = json.dumps(policy) if isinstance(policy, dict) else str(policy)
+                alone = ["--work", work, "--policy", name, "--out", str(out)]
                 # The last of several values for an option holds; `--isolate` must not.
                 inherited = [argument for argument in argv if argument != "--isolate"]
                 command = [sys.executable, "-m", "benchmarks.train_step", *inherited, *alone]
@@ -247,7 +248,7 @@ def run_isolated(arguments: argparse.Namespace, argv: list[str]) -> dict[str, An
                 found = json.loads(out.read_text())
                 result["work"] += [{**w, "loaded_gib": found["loaded_gib"]} for w in found.pop("work")]
                 result = {**found, **result}
-    return result
+    return {name: value for name, value in result.items() if name not in environment()}
 
 
 def _attempt(measure: Any, work: str, policy: Any) -> dict[str, Any]:
