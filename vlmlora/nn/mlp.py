@@ -68,7 +68,8 @@ class MLP(nnx.Module):
         self, x: Float[Array, "*batch hidden"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*batch hidden"]:
         """Apply the block; `key` drives adapter dropout."""
-        return self.fc2(self.act(checkpoint_name(self.fc1(x, key=key), MLP_HIDDEN)), key=key)
+        (hidden,) = apply_to_same(x, self.fc1, key=key, before=self.fc2)
+        return self.fc2(self.act(checkpoint_name(hidden, MLP_HIDDEN)), key=key)
 
 
 class GatedMLP(nnx.Module):
@@ -94,6 +95,6 @@ class GatedMLP(nnx.Module):
         self, x: Float[Array, "*batch hidden"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*batch hidden"]:
         """Apply the block; `key` drives adapter dropout."""
-        gate, up = apply_to_same(x, self.gate_proj, self.up_proj, key=key)
+        gate, up = apply_to_same(x, self.gate_proj, self.up_proj, key=key, before=self.down_proj)
         gate, up = checkpoint_name(gate, MLP_HIDDEN), checkpoint_name(up, MLP_HIDDEN)
         return self.down_proj(self.act(gate) * up, key=key)
