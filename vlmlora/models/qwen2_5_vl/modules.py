@@ -21,7 +21,7 @@ from vlmlora.nn.linear import Embedding, Linear, apply_to_same
 from vlmlora.nn.mlp import GatedMLP, gelu
 from vlmlora.nn.norm import RMSNorm
 from vlmlora.nn.rotary import Rotary, apply_rotary, axial_rotary, inverse_frequencies, multimodal_rotary
-from vlmlora.nn.stack import Remat, scan_layers
+from vlmlora.nn.stack import SAVE_ALL, Remat, TowerRemats, add_attended, scan_layers
 from vlmlora.nn.variables import parameter
 from vlmlora.quantization.weights import DenseWeight, Weight
 
@@ -90,7 +90,7 @@ class VisionBlock(nnx.Module):
 
     def __call__(self, x, rotary: Rotary, attend: Callable, *, key: PRNGKeyArray | None = None):
         """Attention and MLP, each with a residual connection."""
-        x = x + self.attn(self.norm1(x), rotary, attend, key=key)
+        x = add_attended(x, self.attn(self.norm1(x), rotary, attend, key=key))
         return x + self.mlp(self.norm2(x), key=key)
 
 
@@ -294,7 +294,7 @@ class DecoderLayer(nnx.Module):
         attended, cache = self.self_attn(
             self.input_layernorm(x), rotary, segment_ids=segment_ids, cache=cache, key=key
         )
-        x = x + attended
+        x = add_attended(x, attended)
         return x + self.mlp(self.post_attention_layernorm(x), key=key), cache
 
 
@@ -378,7 +378,7 @@ class Qwen2_5_VLForConditionalGeneration(nnx.Module):
         image_token_index: Int[Array, "batch tokens"] | None = None,
         *,
         cache: KVCache | None = None,
-        remat: Remat | None = None,
+        remat: TowerRemats = SAVE_ALL,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "batch tokens hidden"], KVCache | None]:
         """Final hidden states (`logits` turns them into logits), and the cache where one was given.
@@ -394,19 +394,19 @@ class Qwen2_5_VLForConditionalGeneration(nnx.Module):
             image_token_index: for an image token, its place among the vision tower's flattened output; -1
                 elsewhere.
             cache: keys and values of earlier tokens.
-            remat: wraps the body of the layers' scans.
+            remat: wraps the body of each tower's scan over its layers.
             key: for adapter dropout.
         """
         embeds = self.model.language_model.embed_tokens(input_ids)
         vision_key, text_key = (None, None) if key is None else jax.random.split(key)
         if pixel_values is not None:
             features = self.model.visual(
-                pixel_values, patch_positions, image_segment_ids, remat=remat, key=vision_key
+                pixel_values, patch_positions, image_segment_ids, remat=remat.vision, key=vision_key
             )
             features = features.reshape(-1, features.shape[-1]).astype(embeds.dtype)
             embeds = put_image_tokens(embeds, features, image_token_index, getattr(self, "mesh", None))
         return self.model.language_model(
-            embeds, position_ids, segment_ids, cache=cache, remat=remat, key=text_key
+            embeds, position_ids, segment_ids, cache=cache, remat=remat.language, key=text_key
         )
 
     @property
