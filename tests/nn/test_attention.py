@@ -1,6 +1,5 @@
 """Attention over packed rows: by a dense mask, and as cuDNN is asked for it."""
 
-import enum
 import types
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.nn.fake_cudnn import FakeCudnn, install
 from vlmlora.nn import attention as attention_module
 from vlmlora.nn import cudnn_attention
 from vlmlora.nn.attention import attention, hide_keys
@@ -46,59 +46,11 @@ def alone(query, key, value, segments, *, is_causal):
     return out
 
 
-class FakeCudnn:
-    """jax's private function as its docstring describes it, in plain XLA."""
-
-    class MaskType(enum.Enum):
-        PADDING = 1
-        PADDING_CAUSAL = 3
-
-    @staticmethod
-    def check_compute_capability(capability):
-        return True
-
-    @staticmethod
-    def dot_product_attention(
-        query, key, value, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, mask_type, qkv_layout
-    ):
-        assert qkv_layout == "BTNH"
-        assert q_seqlen.dtype == q_offsets.dtype == jnp.int32
-        assert q_offsets.shape == (q_seqlen.shape[0], q_seqlen.shape[1] + 1)
-        assert (q_offsets[:, -1] == -1).all()
-        np.testing.assert_array_equal(q_seqlen, kv_seqlen)
-        np.testing.assert_array_equal(q_offsets, kv_offsets)
-        np.testing.assert_array_equal(q_seqlen == -1, q_offsets[:, :-1] == -1)
-        # What no segment holds is not written.
-        out = np.full(query.shape, np.nan, np.float32)
-        is_causal = mask_type is FakeCudnn.MaskType.PADDING_CAUSAL
-        for row, (starts, lengths) in enumerate(zip(q_offsets.tolist(), q_seqlen.tolist(), strict=True)):
-            for start, length in zip(starts[:-1], lengths, strict=True):
-                if length > 0:
-                    mine = (a[row : row + 1, start : start + length] for a in (query, key, value))
-                    out[row, start : start + length] = jax.nn.dot_product_attention(
-                        *mine, is_causal=is_causal, scale=scale
-                    )[0]
-        return jnp.array(out)
-
-
 @pytest.fixture
 def with_cudnn(monkeypatch):
-    """As if this machine had a GPU, whose kernels are the fake ones."""
-    public = jax.nn.dot_product_attention
-    asked = []
-
-    def as_xla(*args, implementation=None, **kwargs):
-        if implementation is not None:
-            asked.append(implementation)
-        return public(*args, **kwargs)
-
-    def fuses(query, key):
-        return True
-
-    monkeypatch.setattr(attention_module, "_fuses", fuses)
-    monkeypatch.setattr(cudnn_attention, "_fused_attention", lambda: FakeCudnn)
-    monkeypatch.setattr(jax.nn, "dot_product_attention", as_xla)
-    return asked
+    """As if this machine had a GPU, whose kernels are XLA's."""
+    yield install(monkeypatch)
+    cudnn_attention._reason_in_jax.cache_clear()
 
 
 @pytest.mark.parametrize("has_gaps", [False, True])
@@ -173,7 +125,6 @@ def test_where_cudnn_cannot_a_mask_keeps_segments_apart(arrays, with_cudnn, monk
     np.testing.assert_allclose(out[filled], expected[filled], rtol=1e-5, atol=1e-6)
     (record,) = caplog.records
     assert expected_word in record.getMessage()
-    cudnn_attention._reason_in_jax.cache_clear()
 
 
 def test_the_private_function_is_there():

@@ -40,12 +40,15 @@ class Segments:
         return bounds[:, :-1], jnp.diff(bounds, axis=1)
 
 
-def segment_offsets(lengths: Sequence[Sequence[int]], max_segments: int) -> Int32[np.ndarray, "rows bounds"]:
+def segment_offsets(
+    lengths: Sequence[Sequence[int]], max_segments: int, what: str = "segments"
+) -> Int32[np.ndarray, "rows bounds"]:
     """Where the segments of every row begin and end, as `Segments.offsets` has it.
 
     Args:
         lengths: of each row's segments.
         max_segments: segments that every row has room for.
+        what: their name in errors.
 
     Raises:
         ValueError: a row has more.
@@ -53,7 +56,7 @@ def segment_offsets(lengths: Sequence[Sequence[int]], max_segments: int) -> Int3
     offsets = np.zeros((len(lengths), max_segments + 1), np.int32)
     for row, mine in enumerate(lengths):
         if len(mine) > max_segments:
-            raise ValueError(f"row {row} holds {len(mine)} segments, its budget {max_segments}")
+            raise ValueError(f"row {row} holds {len(mine)} {what}, its budget {max_segments}")
         ends = np.cumsum(mine, dtype=np.int32)
         offsets[row, 1 : len(mine) + 1] = ends
         offsets[row, len(mine) + 1 :] = ends[-1] if len(mine) else 0
