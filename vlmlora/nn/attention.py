@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from vlmlora.nn.cudnn_attention import packed_attention, reason_against
+from vlmlora.nn.cudnn_attention import cut_as, packed_attention, reason_against
 from vlmlora.nn.segments import Segments
 
 logger = logging.getLogger(__name__)
@@ -113,6 +113,9 @@ def hide_keys(
 
 def _attend(query, key, value, *, is_causal, kv_lengths, mask, scale) -> jax.Array:
     """Attention by jax's public function."""
+    fuses = mask is None and _fuses(query, key)
+    if fuses and kv_lengths is not None:
+        kv_lengths = cut_as(query, kv_lengths)
     return jax.nn.dot_product_attention(
         query,
         key,
@@ -121,7 +124,7 @@ def _attend(query, key, value, *, is_causal, kv_lengths, mask, scale) -> jax.Arr
         mask=None if mask is None else mask[:, None],
         key_value_seq_lengths=kv_lengths,
         scale=scale,
-        implementation="cudnn" if mask is None and _fuses(query, key) else "xla",
+        implementation="cudnn" if fuses else "xla",
     )
 
 

@@ -10,7 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from vlmlora.nn.segments import Segments
 
@@ -54,6 +54,7 @@ def packed_attention(
     exists = lengths > 0
     lengths = jnp.where(exists, lengths, -1).astype(jnp.int32)
     starts = jnp.pad(jnp.where(exists, starts, -1), ((0, 0), (0, 1)), constant_values=-1).astype(jnp.int32)
+    lengths, starts = cut_as(query, lengths), cut_as(query, starts)
     return fused.dot_product_attention(
         query,
         key,
@@ -66,6 +67,16 @@ def packed_attention(
         mask_type=fused.MaskType.PADDING_CAUSAL if is_causal else fused.MaskType.PADDING,
         qkv_layout="BTNH",
     )
+
+
+def cut_as(query: jax.Array, counts: Int[Array, "rows *counts"]) -> Int[Array, "rows *counts"]:
+    """`counts`, whose rows a compiler for several devices has to cut as it cuts those of `query`.
+
+    jax's rule for partitioning leaves that open, and a kernel would read other rows' counts without a word.
+    So they are compared with something of the query, which is never less than they.
+    """
+    bound = 2**30 + (query[:, 0, 0, 0] == 0).astype(jnp.int32)
+    return jnp.minimum(counts, bound.reshape(-1, *[1] * (counts.ndim - 1)))
 
 
 def _fused_attention():
