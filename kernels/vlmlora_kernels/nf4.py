@@ -160,8 +160,13 @@ def dequantize_4bit(
     quant_type: str = "nf4",
     blocksize: int = 64,
     implementation: str | None = None,
+    right: Float[Array, "out right"] | None = None,
+    below: Float[Array, "below in"] | None = None,
 ) -> Float[Array, "*shape"]:
     """Decode a matrix: a float32 product of value and scale, rounded once to `dtype`.
+
+    A dense matrix may be put beside it, in the same pass: so low-rank factors ride along in the product with
+    a decoded weight, ``[x, x A] @ [W, B].T``.
 
     Args:
         codes: packed codes of `quantize_4bit`.
@@ -171,32 +176,85 @@ def dequantize_4bit(
         quant_type: ``"nf4"`` or ``"fp4"``.
         blocksize: elements that share a scale; even.
         implementation: ``"decode"`` or ``"xla"`` to insist on one; see `explain`.
+        right: columns that follow those of the matrix.
+        below: rows that follow those of the matrix; not both.
 
     Returns:
-        What ``bitsandbytes.functional.dequantize_4bit`` returns, bit for bit.
+        What ``bitsandbytes.functional.dequantize_4bit`` returns, bit for bit, and what was put beside it.
 
     Raises:
-        ValueError: unknown `quant_type`, odd `blocksize`, codes or scales that do not fit `shape`, or an
-            `implementation` that cannot run this.
+        ValueError: unknown `quant_type`, odd `blocksize`, codes or scales that do not fit `shape`, columns or
+            rows that do not, or an `implementation` that cannot run this.
     """
     _check_format(quant_type, blocksize)
     _check_fit(codes, absmax, shape, blocksize)
+    _check_beside(shape, right, below)
     size = math.prod(shape)
     choice = explain(
         None, shape, kind=quant_type, dtype=dtype, blocksize=blocksize, implementation=implementation
     )
+    beside = [part.astype(dtype) for part in (right, below) if part is not None]
+    axis = 0 if below is not None else -1
+    widened = list(shape)
+    if beside:
+        widened[axis] += beside[0].shape[axis]
 
-    def in_xla(codes: jax.Array, *scales: jax.Array) -> jax.Array:
-        return _dequantize_in_xla(codes, _absmax(scales), shape, dtype, quant_type, blocksize)
+    def in_xla(*arrays: jax.Array) -> jax.Array:
+        (codes, *scales), beside = _part(arrays, scale_count)
+        matrix = _dequantize_in_xla(codes, _absmax(scales), shape, dtype, quant_type, blocksize)
+        return jnp.concatenate([matrix, *beside], axis) if beside else matrix
 
-    arrays = (codes, *_scale_arrays(absmax))
+    scales = _scale_arrays(absmax)
+    scale_count = len(scales)
+    arrays = (codes, *scales, *beside)
     if choice.implementation != DECODE:
         return in_xla(*arrays)
+    if beside and not _copies(shape, beside[0], widened):
+        decoded = dequantize_4bit(
+            codes,
+            absmax,
+            shape=shape,
+            dtype=dtype,
+            quant_type=quant_type,
+            blocksize=blocksize,
+            implementation=implementation,
+        )
+        return jnp.concatenate([decoded, *beside], axis)
+    appended = None
+    if beside:
+        appended = hopper_dequantize.Appended(shape[-1], beside[0].size, widened[-1])
     kernel = hopper_dequantize.dequantize(
-        CODE_BOOKS[quant_type], size=size, dtype=dtype, nested=isinstance(absmax, NestedAbsmax)
+        CODE_BOOKS[quant_type],
+        size=size,
+        dtype=dtype,
+        nested=isinstance(absmax, NestedAbsmax),
+        appended=appended,
     )
-    decode = one_by_one(lambda *arrays: kernel(*arrays).reshape(shape))
+    decode = one_by_one(lambda *arrays: kernel(*arrays).reshape(widened))
     return decode(*arrays) if implementation else on_cuda(decode, in_xla, *arrays)
+
+
+def _part(arrays: Sequence[jax.Array], scale_count: int) -> tuple[Sequence[jax.Array], Sequence[jax.Array]]:
+    """Codes and scales, and what stands beside the matrix."""
+    return arrays[: 1 + scale_count], arrays[1 + scale_count :]
+
+
+def _copies(shape: Sequence[int], beside: jax.Array, widened: Sequence[int]) -> bool:
+    """Whether the kernel copies what stands beside the matrix: bfloat16, in whole words of 16 bytes."""
+    whole = all(n % hopper_dequantize.ELEMENTS == 0 for n in (shape[-1], widened[-1], beside.size))
+    return beside.dtype == jnp.bfloat16 and whole and 2 * math.prod(widened) < 2**32
+
+
+def _check_beside(shape: Sequence[int], right: jax.Array | None, below: jax.Array | None) -> None:
+    if right is not None and below is not None:
+        raise ValueError("a matrix is put to the right of the decoded one or below it, not both")
+    for part, axis, name in ((right, 0, "right"), (below, 1, "below")):
+        if part is not None and (len(shape) != 2 or part.ndim != 2 or part.shape[axis] != shape[axis]):
+            what = ("rows", "columns")[axis]
+            raise ValueError(
+                f"{name} has shape {list(part.shape)}; beside a matrix of shape {list(shape)} it needs "
+                f"{shape[axis] if len(shape) == 2 else 'two axes and as many'} {what}"
+            )
 
 
 def _scale_arrays(absmax: Absmax) -> tuple[jax.Array, ...]:

@@ -5,10 +5,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from vlmlora.nn.low_rank import Factors, low_rank_products
 from vlmlora.nn.trained import TRAINED
 from vlmlora.nn.variables import Frozen, abstract_array, parameter
 from vlmlora.quantization.sharded import ShardedTable
-from vlmlora.quantization.weights import DenseWeight, Weight
+from vlmlora.quantization.weights import Augmentable, DenseWeight, Weight
 
 
 class Linear(nnx.Module):
@@ -18,6 +19,7 @@ class Linear(nnx.Module):
         weight: a `vlmlora.quantization.weights.Weight` of shape [out_features, in_features].
         bias: [out_features], or None.
         adapter: None, or a module called as ``adapter(x, y, base=self, key=key)`` that returns the new y.
+            Where all it does is to add a low-rank product, its method ``factors(dtype, key)`` says so.
         stack: number of layers on the leading axis of every array; None where the layer does not repeat.
     """
 
@@ -42,12 +44,43 @@ class Linear(nnx.Module):
         self, x: Float[Array, "*batch in_features"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*batch out_features"]:
         """Apply the layer; `key` drives the adapter's dropout, and None switches it off."""
-        y = x @ self.weight.get_value()
-        if self.bias is not None:
-            y = y + self.bias.get_value().astype(y.dtype)
-        if self.adapter is not None:
-            y = self.adapter(x, y, base=self, key=key)
-        return y
+        return apply_to_same(x, self, key=key)[0]
+
+    def _apply(self, x: jax.Array, key: PRNGKeyArray | None) -> jax.Array:
+        y = self._add_bias(x @ self.weight.get_value())
+        return y if self.adapter is None else self.adapter(x, y, base=self, key=key)
+
+    def _add_bias(self, y: jax.Array) -> jax.Array:
+        return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)
+
+
+def apply_to_same(
+    x: Float[Array, "*batch in_features"], *layers: Linear, key: PRNGKeyArray | None = None
+) -> tuple[Float[Array, "*batch out_features"], ...]:
+    """What several layers make of the same x, their adapters' first products computed as one.
+
+    Args:
+        x: the layers' input.
+        layers: of as many input features each.
+        key: drives the adapters' dropout, and None switches it off.
+    """
+    factors = [_factors_in_one_product(layer, x, key) for layer in layers]
+    joined = [(layer, each) for layer, each in zip(layers, factors, strict=True) if each is not None]
+    weights = [layer.weight.get_value() for layer, _ in joined]
+    products = iter(low_rank_products(x, weights, [each for _, each in joined]) if joined else ())
+    return tuple(
+        layer._apply(x, key) if each is None else layer._add_bias(next(products))
+        for layer, each in zip(layers, factors, strict=True)
+    )
+
+
+def _factors_in_one_product(layer: Linear, x: jax.Array, key: PRNGKeyArray | None) -> Factors | None:
+    """The adapter's factors, where one product with the weight does both and is worth it."""
+    weight = layer.weight.get_value()
+    # Of few tokens the weight is the larger part, and it is better left as it is stored.
+    if layer.adapter is None or 2 * x.size < x.shape[-1] ** 2 or not isinstance(weight, Augmentable):
+        return None
+    return layer.adapter.factors(x.dtype, key)
 
 
 class Embedding(nnx.Module):

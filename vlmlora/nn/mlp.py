@@ -8,7 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from vlmlora.nn.linear import Linear
+from vlmlora.nn.linear import Linear, apply_to_same
 
 MLP_HIDDEN = "mlp_hidden"
 """Name of what the first, wide projections of a feed-forward block compute, for checkpoint policies."""
@@ -94,6 +94,6 @@ class GatedMLP(nnx.Module):
         self, x: Float[Array, "*batch hidden"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*batch hidden"]:
         """Apply the block; `key` drives adapter dropout."""
-        gate = checkpoint_name(self.gate_proj(x, key=key), MLP_HIDDEN)
-        up = checkpoint_name(self.up_proj(x, key=key), MLP_HIDDEN)
+        gate, up = apply_to_same(x, self.gate_proj, self.up_proj, key=key)
+        gate, up = checkpoint_name(gate, MLP_HIDDEN), checkpoint_name(up, MLP_HIDDEN)
         return self.down_proj(self.act(gate) * up, key=key)

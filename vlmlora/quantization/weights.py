@@ -57,6 +57,17 @@ class Weight(Protocol):
         """The weight of one layer of a stack."""
 
 
+@runtime_checkable
+class Augmentable(Protocol):
+    """A weight that gives out its matrix, of one layer, with others beside it."""
+
+    def with_columns(self, columns: Float[Array, "out right"]) -> Float[Array, "out wide"]:
+        """The matrix with columns to its right, in their type."""
+
+    def with_rows(self, rows: Float[Array, "below in"]) -> Float[Array, "high in"]:
+        """The matrix with rows below it, in their type."""
+
+
 class _Arrays:
     """What follows from a weight's arrays alone."""
 
@@ -87,6 +98,18 @@ class _Arrays:
         return jax.tree.map(functools.partial(_layer_of, index=index), self)
 
 
+class _Beside:
+    """A matrix with others beside it, for a weight that decodes to an array of its own."""
+
+    def with_columns(self, columns: Float[Array, "out right"]) -> Float[Array, "out wide"]:
+        """The matrix with columns to its right, in their type."""
+        return jnp.concatenate([self.dequantize(columns.dtype), columns], axis=1)
+
+    def with_rows(self, rows: Float[Array, "below in"]) -> Float[Array, "high in"]:
+        """The matrix with rows below it, in their type."""
+        return jnp.concatenate([self.dequantize(rows.dtype), rows], axis=0)
+
+
 def _layer_of(leaf: Leaf, index: int) -> Leaf:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
@@ -95,7 +118,7 @@ def _layer_of(leaf: Leaf, index: int) -> Leaf:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class DenseWeight(_Arrays):
+class DenseWeight(_Arrays, _Beside):
     """A weight stored as it is.
 
     Attributes:
@@ -224,19 +247,31 @@ class NF4Weight(_Arrays):
 
     def dequantize(self, dtype: DTypeLike) -> Float[Array, "*stack out in"]:
         """Decode to `dtype`."""
-        decode = functools.partial(
-            dequantize_4bit,
+        decode = functools.partial(self._decode, dtype=dtype)
+        return (decode if self.stack is None else jax.vmap(decode))(self.codes, self.absmax)
+
+    def with_columns(self, columns: Float[Array, "out right"]) -> Float[Array, "out wide"]:
+        """The decoded matrix with columns to its right, in their type."""
+        return self._decode(self.codes, self.absmax, dtype=columns.dtype, right=columns)
+
+    def with_rows(self, rows: Float[Array, "below in"]) -> Float[Array, "high in"]:
+        """The decoded matrix with rows below it, in their type."""
+        return self._decode(self.codes, self.absmax, dtype=rows.dtype, below=rows)
+
+    def _decode(self, codes: jax.Array, absmax: jax.Array | NestedAbsmax, **options: Any) -> jax.Array:
+        return dequantize_4bit(
+            codes,
+            absmax,
             shape=self.shape,
-            dtype=dtype,
             quant_type=self.quant_type,
             blocksize=self.blocksize,
+            **options,
         )
-        return (decode if self.stack is None else jax.vmap(decode))(self.codes, self.absmax)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class INT8Weight(_Arrays):
+class INT8Weight(_Arrays, _Beside):
     """A weight of 8 bits an element with one scale a row, as bitsandbytes stores it (LLM.int8()).
 
     Attributes:
@@ -339,6 +374,14 @@ class MixedWeight:
 
         per_layer = (self.kind, self.index)
         return decode(per_layer) if self.stack is None else jax.lax.map(decode, per_layer)
+
+    def with_columns(self, columns: Float[Array, "out right"]) -> Float[Array, "out wide"]:
+        """The matrix with columns to its right, in their type."""
+        return _switch(self.kind, lambda pool: pool.layer(self.index).with_columns(columns), self.pools)
+
+    def with_rows(self, rows: Float[Array, "below in"]) -> Float[Array, "high in"]:
+        """The matrix with rows below it, in their type."""
+        return _switch(self.kind, lambda pool: pool.layer(self.index).with_rows(rows), self.pools)
 
     def layer(self, index: int | Int[Array, ""]) -> Weight:
         """The weight of one layer as it is stored; under a trace, a mixed weight of one layer."""

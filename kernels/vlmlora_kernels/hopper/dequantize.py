@@ -5,6 +5,9 @@ multiplies by the scale in float32, rounds once and writes 16 bytes; its neighbo
 4 bytes, so loads and stores are contiguous across a warp. A block of threads does this `rounds` times, with
 all loads under way at once. The table has a column for every lane, so that lanes never wait for each
 other's bank. The matrix is flat: a block of codes that straddles two rows needs no care.
+
+A dense matrix may be appended, below or to the right of the decoded one (`Appended`): further threads copy
+it.
 """
 
 import dataclasses
@@ -36,19 +39,55 @@ class Tuning:
     rounds: int = 8
 
 
+@dataclasses.dataclass(frozen=True)
+class Appended:
+    """A bfloat16 matrix beside the decoded one, in one result.
+
+    Attributes:
+        columns: of the decoded matrix, a multiple of 8.
+        size: elements of the appended matrix.
+        pitch: elements from row to row of the result; `columns` where the matrix stands below, more where it
+            stands to the right. A multiple of 8.
+    """
+
+    columns: int
+    size: int
+    pitch: int
+
+    def place(self, index: Any) -> Any:
+        """Byte at which the decoded matrix's word `index` goes."""
+        if self.pitch == self.columns:
+            return index << 4
+        return (index << 4) + (index // (self.columns // ELEMENTS)) * (2 * (self.pitch - self.columns))
+
+    def place_appended(self, index: Any, words: int) -> Any:
+        """Byte at which the appended matrix's word `index` goes, behind `words` words of the decoded one."""
+        if self.pitch == self.columns:
+            return (index + words) << 4
+        width = (self.pitch - self.columns) // ELEMENTS
+        return (index // width) * (2 * self.pitch) + ((index % width) << 4) + 2 * self.columns
+
+
 def dequantize(
-    book: np.ndarray, *, size: int, dtype: DTypeLike, nested: bool, tuning: Tuning | None = None
+    book: np.ndarray,
+    *,
+    size: int,
+    dtype: DTypeLike,
+    nested: bool,
+    appended: Appended | None = None,
+    tuning: Tuning | None = None,
 ) -> Kernel:
     """The kernel that decodes `size` elements.
 
     Its inputs are the codes, uint8 [size / 2], then the scales: float32 [blocks], or the four arrays of
-    doubly quantised scales. Its result is [size].
+    doubly quantised scales, then what is appended. Its result is flat.
 
     Args:
         book: the 16 values.
         size: elements, a multiple of 8; blocks have 64.
         dtype: bfloat16 or float32.
         nested: the scales are doubly quantised.
+        appended: a matrix that is put beside the decoded one; bfloat16 only.
         tuning: how the work is cut.
     """
     tuning = tuning or Tuning()
@@ -57,8 +96,22 @@ def dequantize(
     per_block = threads * tuning.rounds
     whole = words % per_block == 0
     is_wide = jnp.dtype(dtype) == jnp.float32
+    decoding_blocks = -(-words // per_block)
+    appended_words = 0 if appended is None else appended.size // ELEMENTS
 
     def body(t: ModuleType, inputs: list, out: Any, scratch: list) -> None:
+        if appended is None:
+            decode(t, inputs, out, scratch)
+            return
+        *inputs, beside = inputs
+        with t.when(t.block() < decoding_blocks):
+            decode(t, inputs, out, scratch)
+        with t.when(t.Word(decoding_blocks - 1) < t.block()):
+            index = (t.block() - decoding_blocks) * threads + t.thread()
+            with t.when(index < appended_words):
+                t.store_words(out, appended.place_appended(index, words), t.load_words(beside, index << 4, 4))
+
+    def decode(t: ModuleType, inputs: list, out: Any, scratch: list) -> None:
         codes, *scales = inputs
         table, scale_table = scratch
         thread = t.thread()
@@ -75,16 +128,16 @@ def dequantize(
             scale = decode_scale(t, scales, scale_table, raw)
             values = [t.multiply(_lookup(t, table, word, nibble, lane4), scale) for nibble in range(ELEMENTS)]
             if whole:
-                _write(t, out, index, values, is_wide)
+                _write(t, out, index, values, is_wide, appended)
             else:
                 with t.when(index < words):
-                    _write(t, out, index, values, is_wide)
+                    _write(t, out, index, values, is_wide, appended)
 
     return Kernel(
         body,
-        shape=(size,),
+        shape=(size + ELEMENTS * appended_words,),
         dtype=dtype,
-        grid=-(-words // per_block),
+        grid=decoding_blocks + -(-appended_words // threads),
         warps=tuning.warps,
         scratch=(16 * LANES, NESTED_CODES if nested else 1),
         name="nf4_dequantize",
@@ -126,10 +179,13 @@ def _lookup(t: ModuleType, table: Any, word: Any, nibble: int, lane4: Any) -> An
     return t.load_shared_float(table, (moved & 0x780) | lane4)
 
 
-def _write(t: ModuleType, out: Any, index: Any, values: list, is_wide: bool) -> None:
+def _write(
+    t: ModuleType, out: Any, index: Any, values: list, is_wide: bool, appended: Appended | None
+) -> None:
     if is_wide:
         bits = [t.as_word(value) for value in values]
         t.store_words(out, index << 5, bits[:4])
         t.store_words(out, (index << 5) + 16, bits[4:])
     else:
-        t.store_words(out, index << 4, [t.pack_bfloat16(*values[i : i + 2]) for i in range(0, ELEMENTS, 2)])
+        place = index << 4 if appended is None else appended.place(index)
+        t.store_words(out, place, [t.pack_bfloat16(*values[i : i + 2]) for i in range(0, ELEMENTS, 2)])

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from transformers import MllamaVisionConfig
 
 from vlmlora.nn.attention import attention, hide_keys
-from vlmlora.nn.linear import Embedding, Linear
+from vlmlora.nn.linear import Embedding, Linear, apply_to_same
 from vlmlora.nn.mlp import MLP
 from vlmlora.nn.norm import LayerNorm
 from vlmlora.nn.stack import Remat, scan_layers_and_keep
@@ -108,9 +108,8 @@ class VisionAttention(nnx.Module):
     ) -> Float[Array, "images patches hidden"]:
         """Patches see each other, except that padding does not see padding (transformers' mask)."""
         heads = (*x.shape[:2], -1, self.head_dim)
-        query, keys, values = (
-            projection(x, key=key).reshape(heads) for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        projected = apply_to_same(x, self.q_proj, self.k_proj, self.v_proj, key=key)
+        query, keys, values = (each.reshape(heads) for each in projected)
         query, keys, values = hide_keys(query, keys, values, is_padding, is_padding)
         out = attention(query, keys, values, scale=self.head_dim**-0.5)
         return self.o_proj(out[..., : self.head_dim].reshape(x.shape), key=key)

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from vlmlora.nn.attention import attention
 from vlmlora.nn.batch import put_image_tokens
 from vlmlora.nn.cache import KVCache
-from vlmlora.nn.linear import Embedding, Linear
+from vlmlora.nn.linear import Embedding, Linear, apply_to_same
 from vlmlora.nn.mlp import GatedMLP, gelu
 from vlmlora.nn.norm import RMSNorm
 from vlmlora.nn.rotary import Rotary, apply_rotary, axial_rotary, inverse_frequencies, multimodal_rotary
@@ -273,9 +273,9 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "batch tokens hidden"], KVCache | None]:
         """Attend within the row, or to one layer's `cache`, which is returned with the new tokens in it."""
         heads = (*x.shape[:2], -1, self.head_dim)
-        query = apply_rotary(self.q_proj(x, key=key).reshape(heads), rotary)
-        keys = apply_rotary(self.k_proj(x, key=key).reshape(heads), rotary)
-        values = self.v_proj(x, key=key).reshape(heads)
+        projected = apply_to_same(x, self.q_proj, self.k_proj, self.v_proj, key=key)
+        query, keys, values = (each.reshape(heads) for each in projected)
+        query, keys = apply_rotary(query, rotary), apply_rotary(keys, rotary)
         if cache is None:
             out = attention(query, keys, values, is_causal=True, segments=segments)
         else:
