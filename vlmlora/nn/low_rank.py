@@ -96,7 +96,7 @@ def _products_bwd(room, room_of_x, residuals, cotangents):
         # Both gradients are taken of the augmented arrays and cut: the plain ones need not exist beside them.
         dbs.append(_contract(dy, wide[:, features + start : features + start + r], (0, 0))[:out])
     da = _contract(jnp.concatenate(projected, axis=1), wide, (0, 0))[:, :features]
-    # Once the factors' gradients are there x is not needed any more, before that of x takes memory of its own.
+    # Once the factors' gradients are there x is not needed any more, before its own gradient takes memory.
     dys, da, dbs = jax.lax.optimization_barrier((dys, da, dbs))
     dx = 0
     for weight, each, dy in zip(weights, factors, dys, strict=True):
