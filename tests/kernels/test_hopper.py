@@ -4,6 +4,7 @@ The emulator runs the code that the GPU runs. Lowering and choosing need no GPU 
 is enough.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -79,19 +80,31 @@ def test_decoding_is_exact_for_any_size(words, nested, quant_type, dtype, warps)
     np.testing.assert_array_equal(emulator.run(kernel, codes, *scales).view(bits), expected.view(bits))
 
 
+TUNINGS = [
+    None,
+    Tuning(3, 1, 1, 3),
+    Tuning(1, 2, 3, 2),
+    Tuning(5, 1, 2, 1, unit=2),
+    Tuning(2, 2, 2, 1, unit=2, stages=2),
+    Tuning(3, 1, 1, 2, unit=4, stages=3),
+    Tuning(1, 2, 2, 1, unit=2, cluster=2),
+    Tuning(2, 1, 1, 1, unit=2, stages=3, cluster=4),
+]
+
+
 @settings(max_examples=8, deadline=None)
 @given(
     tokens=st.integers(1, FUSED_TOKENS),
     out=st.integers(1, 90),
     pieces=st.integers(4, 19),
     kind=st.sampled_from(["nf4", "nested", "int8"]),
-    tuning=st.sampled_from([None, Tuning(3, 1, 1, 3), Tuning(1, 2, 3, 2), Tuning(5, 1, 2, 1)]),
+    tuning=st.sampled_from(TUNINGS),
 )
 def test_products_of_any_shape(tokens, out, pieces, kind, tuning):
     shape = (out, 64 * pieces)
     tuning = tuning or matvec_tuning(tokens, shape)
-    if pieces // tuning.splits < 4:
-        tuning = Tuning(tuning.groups, 1, tuning.row_tiles)
+    if pieces * 64 < tuning.columns:
+        tuning = dataclasses.replace(tuning, splits=1, cluster=1, unit=2)
     rng = np.random.default_rng(out)
     x = rng.standard_normal((tokens, shape[1])).astype(jnp.bfloat16)
     if kind == "int8":

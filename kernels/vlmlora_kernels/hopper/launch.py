@@ -20,10 +20,11 @@ class Kernel:
         body: called as ``body(t, inputs, out, scratch)``; `t` has the names of `simt`, the rest are pointers.
         shape: of the result.
         dtype: of the result.
-        grid: number of blocks of threads.
+        grid: number of blocks of threads, or of clusters of them.
         warps: warps of a block; a multiple of 4.
         scratch: words of each array in shared memory.
         name: what a profiler shows.
+        cluster: blocks of a cluster, which can read each other's shared memory.
     """
 
     body: Callable[..., None]
@@ -33,6 +34,7 @@ class Kernel:
     warps: int
     scratch: tuple[int, ...]
     name: str
+    cluster: int = 1
 
     def __call__(self, *inputs: jax.Array) -> jax.Array:
         """Run on a Hopper GPU."""
@@ -52,6 +54,8 @@ class Kernel:
             out_type=jax.ShapeDtypeStruct(self.shape, self.dtype),
             grid=(self.grid,),
             grid_names=("block",),
+            cluster=(self.cluster,) if self.cluster > 1 else (),
+            cluster_names=("rank",) if self.cluster > 1 else (),
             num_threads=self.warps // 4,
             thread_name="warpgroup",
             scratch_types=[plgpu.SMEM((words,), jnp.int32) for words in self.scratch],
