@@ -238,7 +238,7 @@ def barrier():
 cluster_barrier = barrier
 
 
-def barrier_of(number, threads):
+def barrier_among(number, threads):
     """The warps that meet, checked: as many active ones of each block and number as are waited for."""
     meeting = np.stack([cluster_rank().value, number.value])[:, _active()]
     counts = np.unique(meeting, axis=1, return_counts=True)[1]
@@ -302,7 +302,7 @@ def run(kernel, *inputs):
         return np.ascontiguousarray(array).reshape(1, -1).view(np.uint8)
 
     size = int(np.prod(kernel.shape))
-    out = np.full(size, np.nan, kernel.dtype)
+    out = np.full(size * np.dtype(kernel.dtype).itemsize, 0xFF, np.uint8).view(kernel.dtype)  # NaN
     pointers = [Pointer(memory(array)) for array in inputs]
     block_threads = 32 * kernel.warps
     threads = block_threads * kernel.cluster

@@ -102,7 +102,7 @@ TUNINGS = [
 )
 def test_products_of_any_shape(tokens, out, pieces, kind, tuning):
     shape = (out, 64 * pieces)
-    tuning = tuning or matvec_tuning(tokens, shape)
+    tuning = tuning or matvec_tuning(tokens, shape, "int8" if kind == "int8" else "nf4")
     if pieces * 64 < tuning.columns:
         tuning = dataclasses.replace(tuning, splits=1, cluster=1, unit=2)
     rng = np.random.default_rng(out)

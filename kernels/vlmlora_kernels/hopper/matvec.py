@@ -411,7 +411,7 @@ def matmul(decoder: FourBit | EightBit, *, tokens: int, shape: tuple[int, int], 
             if stages:
                 t.wait_copies(stages - 2)
                 # All copies of this step are there, and none reads the stage that is written next.
-                t.barrier_of(split + 1, LANES * tuning.groups)
+                t.barrier_among(split + 1, LANES * tuning.groups)
                 with t.when(step + (stages - 1) < full):
                     start_x(step + (stages - 1))
                 t.commit_copies()

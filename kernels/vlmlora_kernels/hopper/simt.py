@@ -335,7 +335,7 @@ def fill(target: Pointer, source: Pointer, count: int, thread: Word, threads: in
                 copy()
 
 
-def barrier_of(number: Word, threads: int) -> None:
+def barrier_among(number: Word, threads: int) -> None:
     """Wait for `threads` threads of the block, whole warps, that meet at barrier `number` (1 to 15)."""
     mgpu_utils.inline_ptx(f"bar.sync $0, {threads};", number.value, has_side_effects=True)
 

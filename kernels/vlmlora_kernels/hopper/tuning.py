@@ -6,6 +6,7 @@ from vlmlora_kernels.hopper.matvec import COLUMNS, Tuning
 
 MULTIPROCESSORS = 132  # of an H100 or H200; a grid for another number is right, and slower.
 SHARED_WORDS = 227 * 1024 // 4  # that a block may have
+MOST_SPLITS = 15  # each may need a named barrier, and the block has one of the 16
 _TABLE_WORDS = 34 * 256  # of the byte table and the code of nested scales
 
 
@@ -32,20 +33,29 @@ class FewTokens:
     cluster: int
 
 
-FEW_TOKENS = (
-    FewTokens(tokens=4, row_tiles=1, warps=18, lookahead=1, unit=4, stages=0, cluster=1),
-    FewTokens(tokens=16, row_tiles=2, warps=12, lookahead=2, unit=2, stages=0, cluster=1),
-    FewTokens(tokens=32, row_tiles=2, warps=12, lookahead=1, unit=2, stages=2, cluster=4),
-    FewTokens(tokens=64, row_tiles=2, warps=12, lookahead=1, unit=2, stages=2, cluster=4),
-)
+FEW_TOKENS = {
+    "nf4": (
+        FewTokens(tokens=4, row_tiles=1, warps=18, lookahead=1, unit=4, stages=0, cluster=1),
+        FewTokens(tokens=16, row_tiles=2, warps=12, lookahead=2, unit=2, stages=0, cluster=1),
+        FewTokens(tokens=32, row_tiles=2, warps=12, lookahead=1, unit=2, stages=2, cluster=4),
+        FewTokens(tokens=64, row_tiles=2, warps=12, lookahead=1, unit=2, stages=2, cluster=4),
+    ),
+    "int8": (
+        FewTokens(tokens=4, row_tiles=1, warps=18, lookahead=1, unit=4, stages=0, cluster=1),
+        FewTokens(tokens=16, row_tiles=2, warps=12, lookahead=2, unit=2, stages=0, cluster=1),
+        FewTokens(tokens=32, row_tiles=2, warps=12, lookahead=1, unit=2, stages=2, cluster=4),
+        FewTokens(tokens=64, row_tiles=2, warps=12, lookahead=1, unit=2, stages=2, cluster=4),
+    ),
+}
+"""By the decoder's name, for ascending numbers of tokens."""
 
-FUSED_TOKENS = FEW_TOKENS[-1].tokens
+FUSED_TOKENS = FEW_TOKENS["nf4"][-1].tokens
 """The most tokens that the fused kernels take; beyond it, decoding and then multiplying is faster."""
 
 
-def matvec_tuning(tokens: int, shape: tuple[int, int]) -> Tuning:
+def matvec_tuning(tokens: int, shape: tuple[int, int], kind: str) -> Tuning:
     """The tile of the fused product of this many tokens and a weight of `shape` [out, in]."""
-    return cut(next(row for row in FEW_TOKENS if tokens <= row.tokens), tokens, shape)
+    return cut(next(row for row in FEW_TOKENS[kind] if tokens <= row.tokens), tokens, shape)
 
 
 def cut(row: FewTokens, tokens: int, shape: tuple[int, int]) -> Tuning:
@@ -68,7 +78,7 @@ def cut(row: FewTokens, tokens: int, shape: tuple[int, int]) -> Tuning:
         own = groups * (35 * row.row_tiles + (8 if row.stages else 16) * token_tiles)
         cycles = max(own + (16 * token_tiles if row.stages else 0), 43 * token_tiles)
         estimate = waves * cycles * pieces / cluster + (1500 if cluster > 1 else 0)
-        splits = min(row.warps // groups, pieces // (unit * cluster))
+        splits = min(row.warps // groups, pieces // (unit * cluster), MOST_SPLITS)
         tuning = Tuning(groups, splits, row.row_tiles, row.lookahead, unit, row.stages, cluster)
         while tuning.splits > 1 and tuning.shared_words(tokens) > SHARED_WORDS - _TABLE_WORDS:
             tuning = dataclasses.replace(tuning, splits=tuning.splits - 1)
