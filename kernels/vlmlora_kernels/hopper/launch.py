@@ -38,6 +38,13 @@ class Kernel:
 
     def __call__(self, *inputs: jax.Array) -> jax.Array:
         """Run on a Hopper GPU."""
+        result = self.launch(*inputs)
+        # Inside shard_map the result varies over the mesh axes that an input varies over; Pallas drops them.
+        varying = frozenset().union(*(_varying(x) for x in inputs)) - _varying(result)
+        return jax.lax.pcast(result, tuple(varying), to="varying") if varying else result
+
+    def launch(self, *inputs: jax.Array) -> jax.Array:
+        """The call of the kernel itself."""
         count = len(inputs)
 
         def kernel_body(*refs: Any) -> None:
@@ -61,10 +68,7 @@ class Kernel:
             scratch_types=[plgpu.SMEM((words,), jnp.int32) for words in self.scratch],
             kernel_name=self.name,
         )
-        result = run(*inputs)
-        # Inside shard_map the result varies over the mesh axes that an input varies over; Pallas drops them.
-        varying = frozenset().union(*(_varying(x) for x in inputs)) - _varying(result)
-        return jax.lax.pcast(result, tuple(varying), to="varying") if varying else result
+        return run(*inputs)
 
 
 def _varying(x: jax.Array) -> frozenset:
