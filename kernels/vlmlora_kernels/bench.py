@@ -410,7 +410,6 @@ def candidates(tokens: int) -> list[tuning.FewTokens]:
             row(row_tiles=2, warps=12, lookahead=1, unit=2, stages=2, cluster=1),
             row(row_tiles=2, warps=12, lookahead=1, unit=2, stages=3, cluster=2),
             row(row_tiles=3, warps=8, lookahead=1, unit=2, stages=2, cluster=4),
-            row(row_tiles=3, warps=12, lookahead=1, unit=2, stages=2, cluster=2),
             row(row_tiles=1, warps=16, lookahead=2, unit=2, stages=2, cluster=4),
             row(row_tiles=2, warps=8, lookahead=1, unit=4, stages=0, cluster=1),
         ]
