@@ -145,36 +145,40 @@ def time_us(function: Callable, calls: list[tuple], options: dict | None = None)
 
 
 @functools.cache
-def _random() -> tuple[np.ndarray, np.ndarray]:
-    """Random bytes and random bfloat16 numbers, as many as the largest operand needs."""
-    rng = np.random.default_rng(0)
-    numbers = rng.standard_normal(2**22, np.float32).astype(jnp.bfloat16)
-    return np.frombuffer(rng.bytes(2**28), np.uint8), np.tile(numbers, 64)
+def _bytes(size: int) -> np.ndarray:
+    return np.frombuffer(np.random.default_rng(0).bytes(size), np.uint8)
+
+
+@functools.cache
+def _numbers(size: int) -> np.ndarray:
+    return np.resize(np.random.default_rng(0).standard_normal(2**20, np.float32).astype(jnp.bfloat16), size)
+
+
+def _some(make: Callable, *shape: int) -> np.ndarray:
+    """Random elements, a view of an array that arrays of similar size share."""
+    size = math.prod(shape)
+    return make(1 << (size - 1).bit_length())[:size].reshape(shape)
 
 
 def random_operands(shape: Shape, tokens: int | None) -> dict[str, Any]:
     """What the operations on a weight of `shape` take: all kinds of the weight, `x` and `dy`."""
-    random_bytes, numbers = _random()
-    size, blocks = math.prod(shape), math.prod(shape) // 64
-
-    def array(*dimensions: int) -> np.ndarray:
-        return numbers[: math.prod(dimensions)].reshape(dimensions)
-
+    size = math.prod(shape)
+    blocks = -(-size // 64)
     operands = {
-        "codes": random_bytes[: size // 2],
+        "codes": _some(_bytes, size // 2),
         "scales": NestedAbsmax(
-            random_bytes[-blocks:],
+            _some(_bytes, blocks),
             np.linspace(0.001, 0.01, -(-blocks // 256), dtype=np.float32),
             np.asarray(DYNAMIC_CODE),
             np.float32(0.03),
         ),
-        "values": random_bytes[:size].view(np.int8).reshape(shape),
+        "values": _some(_bytes, *shape).view(np.int8),
         "scale": np.linspace(0.5, 1, shape[0], dtype=np.float32),
-        "dense": array(*shape),
+        "dense": _some(_numbers, *shape),
     }
     if tokens is not None:
-        operands["x"] = array(tokens, shape[1])
-        operands["dy"] = array(tokens, shape[0])
+        operands["x"] = _some(_numbers, tokens, shape[1])
+        operands["dy"] = _some(_numbers, tokens, shape[0])
     return operands
 
 
@@ -272,7 +276,7 @@ def ceilings(options: dict) -> dict[str, float]:
     copy = 2 * x.nbytes / time_us(lambda x: x + jnp.bfloat16(1), [(x,)]) / 1e6
     words = jnp.ones((_CEILING_BYTES // 4,), jnp.int32)
     read = words.nbytes / time_us(read_all(_CEILING_BYTES), [(words,)]) / 1e6
-    a = jnp.asarray(_random()[1][: 8192**2].reshape(8192, 8192))
+    a = jnp.asarray(_some(_numbers, 8192, 8192))
     product = 2 * 8192**3 / time_us(lambda a, b: a @ b, [(a, a)], options) / 1e6
     limits = {"copy TB/s": copy, "read TB/s": read, "memory TB/s": max(copy, read), "bf16 TFLOP/s": product}
     return {name: round(value, 2) for name, value in limits.items()}
@@ -409,7 +413,7 @@ def candidates(tokens: int) -> list[tuning.FewTokens]:
             row(row_tiles=2, warps=12, lookahead=1, unit=2, stages=2, cluster=4),
             row(row_tiles=2, warps=12, lookahead=1, unit=2, stages=2, cluster=1),
             row(row_tiles=2, warps=12, lookahead=1, unit=2, stages=3, cluster=2),
-            row(row_tiles=2, warps=8, lookahead=1, unit=4, stages=2, cluster=4),
+            row(row_tiles=3, warps=8, lookahead=1, unit=2, stages=2, cluster=4),
             row(row_tiles=1, warps=16, lookahead=2, unit=2, stages=2, cluster=4),
             row(row_tiles=2, warps=8, lookahead=1, unit=4, stages=0, cluster=1),
         ]

@@ -183,6 +183,10 @@ def shuffle(value, lane_):
     return Word(value.value.reshape(-1, 32)[np.arange(_state["threads"]) // 32, lane_.value])
 
 
+def hidden(word):
+    return word
+
+
 def shuffle_xor(value, mask):
     return shuffle(value, lane() ^ mask)
 

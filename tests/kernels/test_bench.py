@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.kernels import emulator
 from vlmlora_kernels import bench, dequantize_4bit, dequantize_int8
@@ -101,7 +103,7 @@ def test_the_table_and_the_file(tmp_path):
 
 def test_the_sweep_prints_the_table_of_the_fastest(monkeypatch):
     shapes = [(512, 512), (96, 1024)]
-    wanted = next(row for row in bench.candidates(64) if row.warps == 8 and row.stages == 2)
+    wanted = next(row for row in bench.candidates(64) if row.warps == 8 and row.row_tiles == 3)
     best = {tuning.cut(wanted, 64, shape) for shape in shapes}
 
     def programs(jobs):
@@ -136,6 +138,16 @@ def test_every_tile_fits_a_block_and_a_wave(shape):
             assert cut.splits < 16, "named barriers"
             assert cut.shared_words(tokens) + 33 * 256 <= tuning.SHARED_WORDS
             assert -(-shape[0] // cut.rows) * cut.cluster <= tuning.MULTIPROCESSORS
+
+
+@settings(max_examples=50, deadline=None)
+@given(out=st.integers(1, 200_000), pieces=st.integers(4, 900), tokens=st.integers(1, tuning.FUSED_TOKENS))
+def test_a_tile_for_any_shape(out, pieces, tokens):
+    for kind in tuning.FEW_TOKENS:
+        cut = tuning.matvec_tuning(tokens, (out, 64 * pieces), kind)
+        assert cut.columns <= 64 * pieces
+        assert cut.shared_words(tokens) + 33 * 256 <= tuning.SHARED_WORDS
+        assert cut.warps <= 32
 
 
 def test_the_command_measures_all_and_goes_on_after_a_failure(monkeypatch, tmp_path, capsys):

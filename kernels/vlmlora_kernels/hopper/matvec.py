@@ -240,7 +240,7 @@ def matmul(decoder: FourBit | EightBit, *, tokens: int, shape: tuple[int, int], 
         first_piece = (share * pieces) // shares
         count = ((share + 1) * pieces) // shares - first_piece
         # Warps that wait for each other take as many steps, and the rest, up to a whole unit, as their tail.
-        full = t.Word(pieces // shares // unit) if stages else count // unit
+        full = t.hidden(t.Word(pieces // shares // unit)) if stages else count // unit
         rows = [
             (band_start + group * group_rows + (row_in_tile + 8 * half)).min(out_features - 1)
             for half in halves
@@ -312,15 +312,17 @@ def matmul(decoder: FourBit | EightBit, *, tokens: int, shape: tuple[int, int], 
         def start_x(number: Any) -> None:
             """Start copying a unit of `x`; the warps that share its columns do it together."""
             start = ((number % stages) * splits + split) * stage_bytes + own_piece * (padded_tokens * 128)
+            source = x_source.shifted(number * (unit * COLUMNS * 2))
+            is_inside = number * unit + own_piece < count  # the last unit may not be whole
             for first in range(0, tokens, tokens_at_once):
                 token = own_token + first
-                at = start + (token << 7) + ((own_part ^ (token & 7)) << 4)
-                offset = number * (unit * COLUMNS * 2) + first * in_features * 2
-                if first + tokens_at_once <= tokens:
-                    t.copy_async(shared, at, x_source, offset)
+                at = shared.shifted(start + (own_token << 7) + ((own_part ^ (token & 7)) << 4))
+                needed = t.both(is_inside, token < tokens)
+                if not has_tail and first + tokens_at_once <= tokens:
+                    t.copy_async(at, first << 7, source, first * in_features * 2)
                 else:
-                    with t.when(token < tokens):
-                        t.copy_async(shared, at, x_source, offset)
+                    with t.when(needed):
+                        t.copy_async(at, first << 7, source, first * in_features * 2)
 
         def multiply_piece(words: list, factors: list, xs: Any, totals: list) -> list:
             """Add the product of each row's `words` and ``xs(tile)`` to the totals."""
@@ -371,9 +373,11 @@ def matmul(decoder: FourBit | EightBit, *, tokens: int, shape: tuple[int, int], 
 
         def multiply_tail(left: Any, totals: list) -> list:
             """Add the products of the pieces after the last whole unit, `left` of them."""
+            if stages:
+                wait_for_x()
             loaded = load_tail(left)
             scales_of_row = [decoding.scale(raw) for _, raw in loaded if raw]
-            load_x = from_cache(full)
+            load_x = from_stage(full) if stages else from_cache(full)
             size = decoder.words
             for index in range(unit if stages else unit - 1):
 
@@ -385,9 +389,15 @@ def matmul(decoder: FourBit | EightBit, *, tokens: int, shape: tuple[int, int], 
                 totals = t.branch(t.Word(index) < left, totals, one_piece)
             return totals
 
+        def wait_for_x() -> None:
+            """Wait until all copies of this step are there, and none reads the stage that is written next."""
+            t.wait_copies(stages - 2)
+            t.barrier_among(split + 1, LANES * tuning.groups)
+
+        units = full + 1 if has_tail else full
         if stages:
             for ahead in range(stages - 1):
-                with t.when(t.both(works, t.Word(ahead) < full)):
+                with t.when(t.both(works, t.Word(ahead) < units)):
                     start_x(t.Word(ahead))
                 t.commit_copies()
         loaded = load_unit(t.Word(0))
@@ -409,10 +419,8 @@ def matmul(decoder: FourBit | EightBit, *, tokens: int, shape: tuple[int, int], 
 
         def one_step(step: Any, carry: list) -> list:
             if stages:
-                t.wait_copies(stages - 2)
-                # All copies of this step are there, and none reads the stage that is written next.
-                t.barrier_among(split + 1, LANES * tuning.groups)
-                with t.when(step + (stages - 1) < full):
+                wait_for_x()
+                with t.when(step + (stages - 1) < units):
                     start_x(step + (stages - 1))
                 t.commit_copies()
             following = load_unit((step + 1).min(full - 1))

@@ -340,7 +340,7 @@ def barrier_among(number: Word, threads: int) -> None:
     mgpu_utils.inline_ptx(f"bar.sync $0, {threads};", number.value, has_side_effects=True)
 
 
-def copy_async(target: Pointer, at: Word, source: Pointer, offset: Word) -> None:
+def copy_async(target: Pointer, at: Word | int, source: Pointer, offset: Word | int) -> None:
     """Start copying 16 aligned bytes from global to shared memory, past the L1 cache."""
     mgpu_utils.inline_ptx(
         "cp.async.cg.shared.global [$0], [$1], 16;",
@@ -396,3 +396,8 @@ def load_peer_float(pointer: Pointer, offset: Word | int, rank: int) -> ir.Value
         result_types=f32(),
         has_side_effects=True,
     )
+
+
+def hidden(word: Word) -> Word:
+    """The same word, of which the compiler knows nothing: it does not unroll a loop that often."""
+    return Word(mgpu_utils.inline_ptx("mov.b32 $0, $1;", word.value, result_types=i32()))
