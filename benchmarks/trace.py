@@ -171,6 +171,19 @@ def _search(pattern: str, text: str) -> str:
     return match[1] if match else ""
 
 
+def with_instructions(events: Iterable[Event], program: dict[str, Instruction]) -> list[Event]:
+    """The same events, those without an instruction given the one whose name their kernel bears.
+
+    A fusion's kernel is named after it, with an underscore for the dot.
+    """
+    named = []
+    for event in events:
+        dotted = re.sub(r"_(\d+)$", r".\1", event.name)
+        op = next((name for name in (event.op, event.name, dotted) if name in program), event.op)
+        named.append(event._replace(op=op))
+    return named
+
+
 def kind_of(event: Event, program: dict[str, Instruction]) -> str:
     """The kind of work, by the kernel's own name and by its instruction."""
     opcode = program[event.op].opcode if event.op in program else ""
@@ -242,7 +255,7 @@ def summarize(events: Sequence[Event], steps: int, program: dict[str, Instructio
     Raises:
         ValueError: there are no events.
     """
-    events = [e for e in events if not _is_container(e, program)]
+    events = [e for e in with_instructions(events, program) if not _is_container(e, program)]
     if not events:
         raise ValueError("the trace has no kernel of any device; is the profiler's GPU plugin installed?")
     by_device = defaultdict(list)
@@ -268,7 +281,8 @@ def summarize(events: Sequence[Event], steps: int, program: dict[str, Instructio
             kinds[kind]["count"] += 1 / steps / len(by_device)
             phases[where.phase] += seconds
             parts[where.part] += seconds
-            name = re.sub(r"[._]\d+$", "", event.name)
+            # A fusion is known by its number; kernels of a library by what they are.
+            name = event.op if event.op in program else re.sub(r"[._]\d+$", "", event.name)
             entry = kernels[name, kind, where.part, where.phase, where.source]
             entry[0] += seconds
             entry[1] += 1 / steps / len(by_device)
