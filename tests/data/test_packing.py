@@ -245,3 +245,10 @@ def test_a_sample_that_cannot_be_packed_is_named_by_its_row(processor):
         make_batches(dataset, processor, batch_size=2, packing=True, budget=Budget(256))
     with pytest.raises(ValueError, match=r"6 samples packed into \d rows give no batch of 5"):
         make_batches(dataset, processor, batch_size=5, packing=True, drop_remainder=True)
+
+
+def test_room_for_segments_is_bounded_except_by_a_long_video():
+    short = [RowSize(20, 1, 64, 1)] * 50
+    capacity = row_capacity(short, tokens=8192)
+    assert (capacity.samples, capacity.image_segments) == (32, 32)
+    assert row_capacity([*short, RowSize(500, 1, 6400, 100)], tokens=8192).image_segments == 100
