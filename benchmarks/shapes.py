@@ -1,8 +1,11 @@
 """Models of known size, and batches of known work for them."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from transformers import MllamaConfig, PreTrainedConfig, Qwen2_5_VLConfig
 
+from vlmlora.distributed import rows_axis
 from vlmlora.models.qwen2_5_vl.positions import IMAGE, mrope_position_ids, vision_layout
 
 
@@ -168,6 +171,29 @@ def image_text_batch(
     labels = batch["input_ids"].copy()
     labels[:, : 3 * tokens // 4] = -100
     return {**batch, "labels": labels, "attention_mask": np.ones_like(labels)}
+
+
+def join_batches(config: PreTrainedConfig, batches: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The rows of several batches as one; where images are counted, those of each follow the former's."""
+    images = 0
+    counted = []
+    for batch in batches:
+        batch = dict(batch)
+        for name, per_image in (("image_index", 1), ("image_token_index", _merged_slots(config, batch))):
+            if name in batch:
+                batch[name] = np.where(batch[name] >= 0, batch[name] + images * per_image, batch[name])
+        counted.append(batch)
+        images += len(batch["pixel_values"])
+    return {
+        name: np.concatenate([batch[name] for batch in counted], axis=rows_axis(name, array))
+        for name, array in counted[0].items()
+    }
+
+
+def _merged_slots(config: PreTrainedConfig, batch: dict[str, np.ndarray]) -> int:
+    """Image tokens that a row of patches has room for."""
+    merge = getattr(config.vision_config, "spatial_merge_size", 1)
+    return batch["pixel_values"].shape[1] // merge**2
 
 
 def _mllama_batch(

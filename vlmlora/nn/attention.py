@@ -73,20 +73,19 @@ def attention(
         The weighted values, in the type of `query`. Rows of padding hold finite numbers without meaning.
     """
     query, key, value = (checkpoint_name(array, QKV) for array in (query, key, value))
-    if segments is None:
-        attend = functools.partial(
-            _attend, is_causal=is_causal, kv_lengths=kv_lengths, mask=mask, scale=scale
-        )
-    elif mask is None and kv_lengths is None and _fuses(query, key) and _fuses_segments(query, key, segments):
+    is_fused = mask is None and _fuses(query, key)
+    if segments is not None and is_fused and kv_lengths is None and _fuses_segments(query, key, segments):
         attend = functools.partial(_attend_fused, segments=segments, is_causal=is_causal, scale=scale)
     else:
-        same = segments.ids[:, :, None] == segments.ids[:, None, :]
-        mask = same if mask is None else mask & same
+        if segments is not None:
+            same = segments.ids[:, :, None] == segments.ids[:, None, :]
+            mask, is_fused = same if mask is None else mask & same, False
         attend = functools.partial(
             _attend, is_causal=is_causal, kv_lengths=kv_lengths, mask=mask, scale=scale
         )
     output = (jax.checkpoint(attend) if _AS_FUSED.get() else attend)(query, key, value)
-    return checkpoint_name(output, ATTENTION_OUTPUT)
+    # A policy knows the fused kernel by its primitive; a name would have its output saved twice.
+    return output if is_fused else checkpoint_name(output, ATTENTION_OUTPUT)
 
 
 def hide_keys(

@@ -14,7 +14,7 @@ from vlmlora.nn.attention import attention, hide_keys
 from vlmlora.nn.linear import Embedding, Linear, apply_to_same
 from vlmlora.nn.mlp import MLP
 from vlmlora.nn.norm import LayerNorm
-from vlmlora.nn.stack import Remat, scan_layers_and_keep
+from vlmlora.nn.stack import Remat, add_attended, scan_layers_and_keep
 from vlmlora.nn.variables import parameter
 from vlmlora.quantization.weights import DenseWeight
 
@@ -135,7 +135,7 @@ class VisionEncoderLayer(nnx.Module):
     ) -> Float[Array, "images patches hidden"]:
         """Attention and MLP, each with a residual connection."""
         attended = self.self_attn(self.input_layernorm(x), is_padding, key=key)
-        x = x + (gated(self.gate_attn, attended) if self.is_gated else attended)
+        x = add_attended(x, gated(self.gate_attn, attended) if self.is_gated else attended)
         hidden = self.mlp(self.post_attention_layernorm(x), key=key)
         return x + (gated(self.gate_ffn, hidden) if self.is_gated else hidden)
 

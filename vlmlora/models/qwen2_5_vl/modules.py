@@ -22,7 +22,7 @@ from vlmlora.nn.mlp import GatedMLP, gelu
 from vlmlora.nn.norm import RMSNorm
 from vlmlora.nn.rotary import Rotary, apply_rotary, axial_rotary, inverse_frequencies, multimodal_rotary
 from vlmlora.nn.segments import Segments
-from vlmlora.nn.stack import Remat, scan_layers
+from vlmlora.nn.stack import SAVE_ALL, Remat, TowerRemats, add_attended, scan_layers
 from vlmlora.nn.variables import parameter
 from vlmlora.quantization.weights import DenseWeight, Weight
 
@@ -91,7 +91,7 @@ class VisionBlock(nnx.Module):
 
     def __call__(self, x, rotary: Rotary, attend: Callable, *, key: PRNGKeyArray | None = None):
         """Attention and MLP, each with a residual connection."""
-        x = x + self.attn(self.norm1(x), rotary, attend, key=key)
+        x = add_attended(x, self.attn(self.norm1(x), rotary, attend, key=key))
         return x + self.mlp(self.norm2(x), key=key)
 
 
@@ -302,7 +302,7 @@ class DecoderLayer(nnx.Module):
         attended, cache = self.self_attn(
             self.input_layernorm(x), rotary, segments=segments, cache=cache, key=key
         )
-        x = x + attended
+        x = add_attended(x, attended)
         return x + self.mlp(self.post_attention_layernorm(x), key=key), cache
 
 
@@ -388,7 +388,7 @@ class Qwen2_5_VLForConditionalGeneration(nnx.Module):
         image_segment_offsets: Int[Array, "rows image_bounds"] | None = None,
         *,
         cache: KVCache | None = None,
-        remat: Remat | None = None,
+        remat: TowerRemats = SAVE_ALL,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "batch tokens hidden"], KVCache | None]:
         """Final hidden states (`logits` turns them into logits), and the cache where one was given.
@@ -406,7 +406,7 @@ class Qwen2_5_VLForConditionalGeneration(nnx.Module):
             segment_offsets: bounds of the samples of a packed row; with `segment_ids`, see `Segments`.
             image_segment_offsets: bounds of the frames of a row of patches, empty slots within included.
             cache: keys and values of earlier tokens.
-            remat: wraps the body of the layers' scans.
+            remat: wraps the body of each tower's scan over its layers.
             key: for adapter dropout.
         """
         embeds = self.model.language_model.embed_tokens(input_ids)
@@ -415,12 +415,14 @@ class Qwen2_5_VLForConditionalGeneration(nnx.Module):
             frames = None
             if image_segment_ids is not None:
                 frames = Segments(image_segment_ids, image_segment_offsets, self.tower.has_gaps)
-            features = self.model.visual(pixel_values, patch_positions, frames, remat=remat, key=vision_key)
+            features = self.model.visual(
+                pixel_values, patch_positions, frames, remat=remat.vision, key=vision_key
+            )
             features = features.reshape(-1, features.shape[-1]).astype(embeds.dtype)
             embeds = put_image_tokens(embeds, features, image_token_index, getattr(self, "mesh", None))
         samples = None if segment_ids is None else Segments(segment_ids, segment_offsets)
         return self.model.language_model(
-            embeds, position_ids, samples, cache=cache, remat=remat, key=text_key
+            embeds, position_ids, samples, cache=cache, remat=remat.language, key=text_key
         )
 
     @property
