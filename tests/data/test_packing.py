@@ -45,11 +45,11 @@ def test_rows_hold_every_sample_once_and_exceed_nothing(buffer_size, shuffle):
 
 def test_little_of_a_row_is_left():
     sizes = mixed_sizes(2000)
-    capacity = row_capacity(sizes, tokens=2048, patch_multiple=64)
+    capacity = row_capacity(sizes, tokens=1024, patch_multiple=64)
     assert capacity.patches % 64 == 0
     rows = pack(sizes, capacity)
     tokens, patches = (sum(size[i] for size in sizes) for i in (0, 2))
-    assert tokens / (len(rows) * 2048) > 0.93
+    assert tokens / (len(rows) * 1024) > 0.93
     assert patches / (len(rows) * capacity.patches) > 0.8
     # A row each wastes more of both.
     assert tokens / (2000 * max(size.tokens for size in sizes)) < 0.6
@@ -245,3 +245,10 @@ def test_a_sample_that_cannot_be_packed_is_named_by_its_row(processor):
         make_batches(dataset, processor, batch_size=2, packing=True, budget=Budget(256))
     with pytest.raises(ValueError, match=r"6 samples packed into \d rows give no batch of 5"):
         make_batches(dataset, processor, batch_size=5, packing=True, drop_remainder=True)
+
+
+def test_room_for_segments_is_bounded_except_by_a_long_video():
+    short = [RowSize(20, 1, 64, 1)] * 50
+    capacity = row_capacity(short, tokens=8192)
+    assert (capacity.samples, capacity.image_segments) == (32, 32)
+    assert row_capacity([*short, RowSize(500, 1, 6400, 100)], tokens=8192).image_segments == 100

@@ -1,6 +1,7 @@
 """Batches of a dataset, in an order that a seed fixes."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import grain
@@ -105,11 +106,12 @@ def make_batches(
         part, parts = _process()
         mine = [processor.size(encode(i)) for i in range(part, size, parts)]
         sizes = _of_all_processes(mine, size)
-    if budget is None and packing:
+    is_measured = budget is None
+    if is_measured and packing:
         length = processor.max_seq_length if max_seq_length is None else max_seq_length
         multiple = processor.family.patch_multiple
         budget = packing_budget_of(sizes, batch_size=share, max_length=length, patch_multiple=multiple)
-    elif budget is None:
+    elif is_measured:
         budget = budget_of(sizes, batch_size=share, images_multiple_of=_devices())
     open_sizes = budget.open_sizes(packing=packing)
     if (process_count > 1 or packing) and open_sizes:
@@ -122,7 +124,12 @@ def make_batches(
         capacity = RowSize(
             budget.max_length, budget.max_segments, budget.max_patches, budget.max_image_segments
         )
-        rows = pack([each.in_row() for each in sizes], capacity, shuffle=shuffle, seed=seed)
+        in_row = [each.in_row() for each in sizes]
+        rows = pack(in_row, capacity, shuffle=shuffle, seed=seed)
+        if is_measured:
+            # Room for a segment costs attention memory, whether it is used or not.
+            segments, image_segments = (max(sum(in_row[i][n] for i in row) for row in rows) for n in (1, 3))
+            budget = replace(budget, max_segments=segments, max_image_segments=image_segments)
         if drop_remainder and len(rows) < batch_size:
             raise ValueError(f"{size} samples packed into {len(rows)} rows give no batch of {batch_size}")
     else:

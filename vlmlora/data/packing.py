@@ -98,8 +98,10 @@ def _check(needed: np.ndarray, limits: np.ndarray) -> None:
 
 # Of a token's work, what that of a patch is: the towers' parameters that they pass through, about.
 _PATCH_WORK = 1 / 8
-# Rows hold this many times the samples, and the frames, of an average row.
+# Rows hold this many times the samples, and the frames, of an average row, but no more than a maximum:
+# the fused kernels' memory grows with the room for segments.
 _UNEVENNESS = 3
+_MAX_SEGMENTS = 32
 # Room for patches, in that of a row with the average number of patches to a token.
 _PATCH_ROOM = (1.0, 1.05, 1.1, 1.2, 1.35, 1.5, 2.0)
 
@@ -109,7 +111,8 @@ def row_capacity(
 ) -> RowSize:
     """A row of this many tokens, with room for patches and segments that suits the samples.
 
-    Of several sizes for the patches it is the one with which the samples, packed, take the least work.
+    There is room for 32 samples at most, since that room costs memory: for very short samples choose shorter
+    rows. Of several sizes for the patches it is the one with which the samples, packed, take the least work.
 
     Args:
         sizes: of the samples.
@@ -126,8 +129,10 @@ def row_capacity(
     _check(needed[:, :1], np.array([tokens]))
     means, most = needed.mean(axis=0), needed.max(axis=0)
     samples_of_row = max(1.0, tokens / means[0])
-    samples = int(np.ceil(_UNEVENNESS * samples_of_row))
-    image_segments = max(int(most[3]), int(np.ceil(_UNEVENNESS * samples_of_row * means[3])))
+    samples, image_segments = (
+        min(int(np.ceil(_UNEVENNESS * samples_of_row * mean)), _MAX_SEGMENTS) for mean in (1, means[3])
+    )
+    image_segments = max(int(most[3]), image_segments)
     tried = np.random.default_rng(seed).permutation(len(sizes))[:BUFFER_SIZE]
     best, least_work = None, np.inf
     for room in _PATCH_ROOM:

@@ -181,7 +181,12 @@ def budget_of(
 
 
 def packing_budget_of(
-    sizes: Iterable[SampleSize], *, batch_size: int, max_length: int, patch_multiple: int
+    sizes: Iterable[SampleSize],
+    *,
+    batch_size: int,
+    max_length: int,
+    patch_multiple: int,
+    pad_to_multiple_of: int = 64,
 ) -> Budget:
     """A budget for packed rows of `max_length` tokens, with room for patches that suits the samples.
 
@@ -190,10 +195,12 @@ def packing_budget_of(
         batch_size: rows of a batch.
         max_length: tokens of a row.
         patch_multiple: the family's; a row of patches is a multiple of it.
+        pad_to_multiple_of: `max_length` is rounded up to a multiple of it.
 
     Raises:
         ValueError: there are no samples, or one has more tokens.
     """
+    max_length = _multiple(max_length, pad_to_multiple_of)
     row = row_capacity([size.in_row() for size in sizes], tokens=max_length, patch_multiple=patch_multiple)
     return Budget(max_length, batch_size if row.patches else 0, row.patches, row.image_segments, row.samples)
 
@@ -369,8 +376,9 @@ class VisionLanguageProcessor:
         return packing_budget_of(
             sizes,
             batch_size=batch_size,
-            max_length=_multiple(length, pad_to_multiple_of),
+            max_length=length,
             patch_multiple=self.family.patch_multiple,
+            pad_to_multiple_of=pad_to_multiple_of,
         )
 
     def size(self, sample: Sample) -> SampleSize:
