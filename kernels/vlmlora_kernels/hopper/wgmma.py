@@ -1,0 +1,359 @@
+"""``x @ W.T`` and ``dy @ W`` for many tokens and a 4-bit W that is never written, on a Hopper GPU.
+
+A block of threads owns 128 rows of the transposed result (outputs of ``x @ W.T``, inputs of ``dy @ W``) and
+a tile of tokens. One warpgroup keeps the copies into shared memory going: tiles of the tokens, the codes
+and their scales, 64 of the summed axis at a time. Two others decode 64 rows each, straight into the
+registers from which ``wgmma`` takes its first operand, while their last product is still under way; the
+second operand is the tile of tokens in shared memory. A byte of codes is looked up in a table of pairs of
+float32, multiplied by the scale in float32 and rounded once, so W is what `dequantize` writes, bit for bit.
+
+Which row of W stands in which row of the operand does not matter as long as the result is written where it
+belongs: a thread takes neighbours, so that it writes pairs.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic.gpu import fragmented_array as fragments
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import vector
+from jaxtyping import Array, BFloat16, Float, UInt8
+
+from vlmlora_kernels.hopper import simt as t
+from vlmlora_kernels.hopper.tuning import MULTIPROCESSORS
+
+BLOCK = 64  # elements that share a scale, and the step along the summed axis
+ROWS = 128  # rows of the transposed result that a block of threads owns
+_GROUP_ROWS = 64  # of which a warpgroup multiplies
+_COPIES = 16  # of the table, one for each lane of half a warp
+_PIECE = 64  # tokens that are written at a time
+_SWIZZLE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+_CODE_SWIZZLE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(64))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """How the work is cut.
+
+    Attributes:
+        tokens: of a block of threads; a multiple of 64, at most 256.
+        stages: steps whose tiles are in shared memory or on their way.
+        cluster: blocks of threads with the same tokens that load them together: 1 or 2.
+    """
+
+    tokens: int = 256
+    stages: int = 4
+    cluster: int = 1
+
+
+def matmul(
+    book: np.ndarray,
+    *,
+    tokens: int,
+    shape: tuple[int, int],
+    transposed: bool,
+    tuning: Tuning | None = None,
+) -> Callable[[BFloat16[Array, "tokens k"], UInt8[Array, " bytes"], Float[Array, "blocks out"]], jax.Array]:
+    """The kernel of ``x @ W.T``, or of ``dy @ W`` if `transposed`, in bfloat16.
+
+    Called with `x` [tokens, in] or `dy` [tokens, out], the codes, uint8 [out * in / 2], and the float32
+    scales of `scales_by_column`, [in / 64, out].
+
+    Args:
+        book: the 16 values.
+        tokens: rows of `x`.
+        shape: (out, in) of W; `in` a multiple of 64, `out` of 8.
+        transposed: multiply by W and not by its transpose.
+        tuning: how the work is cut.
+    """
+    tuning = tuning or Tuning()
+    out_features, in_features = shape
+    summed, kept = (out_features, in_features) if transposed else (in_features, out_features)
+    steps = pl.cdiv(summed, BLOCK)
+    token_tiles = pl.cdiv(tokens, tuning.tokens)
+    row_tiles = pl.cdiv(kept, ROWS * tuning.cluster)
+    stages, width = tuning.stages, tuning.tokens
+    tiles = row_tiles * token_tiles
+    blocks = min(tiles, MULTIPROCESSORS // tuning.cluster)
+    decode = _decode_columns if transposed else _decode_rows
+    code_transforms = _CODE_SWIZZLE if transposed else ()
+    collective = {"collective_axes": "pair"} if tuning.cluster > 1 else {}
+
+    def body(x, codes, scales, out, x_tiles, code_tiles, scale_tiles, table, pieces, full, free) -> None:
+        group = lax.axis_index("warpgroup")
+        first_tile = lax.axis_index("block")
+        my_tiles = (tiles - first_tile + blocks - 1) // blocks
+
+        def place(number: Any) -> tuple:
+            """First row and first token of a block's `number`-th tile."""
+            tile = first_tile + number * blocks
+            row_tile = tile // token_tiles
+            if tuning.cluster > 1:
+                row_tile = row_tile * tuning.cluster + lax.axis_index("pair")
+            return row_tile * ROWS, (tile % token_tiles) * width
+
+        @pl.when(group == 2)
+        def load() -> None:
+            plgpu.set_max_registers(40, action="decrease")
+
+            def one(step: Any, _: None) -> None:
+                row, token = place(step // steps)
+                at = step % steps
+                slot = lax.rem(step, stages)
+
+                @pl.when(step >= stages)
+                def wait() -> None:
+                    plgpu.barrier_wait(free.at[slot])
+
+                if transposed:
+                    code_part = (pl.ds(at * BLOCK, BLOCK), pl.ds(row // 2, ROWS // 2))
+                    scale_part = (pl.ds(row // BLOCK, ROWS // BLOCK), pl.ds(at * BLOCK, BLOCK))
+                else:
+                    code_part = (pl.ds(row, ROWS), pl.ds(at * (BLOCK // 2), BLOCK // 2))
+                    scale_part = (pl.ds(at, 1), pl.ds(row, ROWS))
+                plgpu.copy_gmem_to_smem(codes.at[code_part], code_tiles.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(scales.at[scale_part], scale_tiles.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(
+                    x.at[pl.ds(token, width), pl.ds(at * BLOCK, BLOCK)],
+                    x_tiles.at[slot],
+                    full.at[slot],
+                    **collective,
+                )
+
+            lax.fori_loop(0, my_tiles * steps, one, None)
+
+        @pl.when(group < 2)
+        def multiply() -> None:
+            plgpu.set_max_registers(232, action="increase")
+
+            @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+            def fill(_, ref: Any) -> None:
+                _fill_table(book, t.Pointer(ref, t.SHARED))
+
+            fill(table)
+
+            def decoded(step: Any) -> jax.Array:
+                """Wait for a step's tiles and decode 64 rows of W."""
+                slot = lax.rem(step, stages)
+                plgpu.barrier_wait(full.at[slot])
+
+                @plgpu.inline_mgpu(
+                    arg_types=(plgpu.RefType(code_transforms), plgpu.RefType(), plgpu.RefType()),
+                    return_type=plgpu.ShapeDtypeStruct(
+                        (_GROUP_ROWS, BLOCK), jnp.bfloat16, layout=plgpu.Layout.WGMMA
+                    ),
+                )
+                def operand(_, *refs: Any) -> fragments.FragmentedArray:
+                    return _operand(decode(*(t.Pointer(ref, t.SHARED) for ref in refs)))
+
+                return operand(code_tiles.at[slot], scale_tiles.at[slot], table)
+
+            def one_tile(number: Any, _: None) -> None:
+                row, token = place(number)
+                start = number * steps
+
+                def products(acc: Any) -> jax.Array:
+                    def start_product(step: Any, w: jax.Array) -> Any:
+                        slot = lax.rem(step, stages)
+                        plgpu.wgmma(acc, w, x_tiles.at[slot].T)
+                        return slot
+
+                    def one(step: Any, w: jax.Array) -> jax.Array:
+                        slot = start_product(step, w)
+                        following = lax.optimization_barrier(decoded(step + 1))
+                        plgpu.wgmma_wait(0)
+                        plgpu.barrier_arrive(free.at[slot])
+                        return following
+
+                    w = lax.fori_loop(start, start + steps - 1, one, decoded(start))
+                    slot = start_product(start + steps - 1, w)
+                    plgpu.wgmma_wait(0)
+                    plgpu.barrier_arrive(free.at[slot])
+                    return acc[...]
+
+                result = pl.run_scoped(products, plgpu.ACC((_GROUP_ROWS, width), jnp.float32))
+                for index in range(width // _PIECE):
+                    piece = pieces.at[group, index % 2]
+                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                    part = result[:, index * _PIECE : (index + 1) * _PIECE]
+
+                    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(_SWIZZLE), plgpu.Layout.WGMMA))
+                    def write(_, ref: Any, part: fragments.FragmentedArray) -> None:
+                        _write_piece(t.Pointer(ref, t.SHARED), part, transposed)
+
+                    write(piece, part)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(
+                        piece,
+                        out.at[
+                            pl.ds(token + index * _PIECE, _PIECE),
+                            pl.ds(row + group * _GROUP_ROWS, _GROUP_ROWS),
+                        ],
+                    )
+
+            lax.fori_loop(0, my_tiles, one_tile, None)
+            plgpu.wait_smem_to_gmem(0)
+
+    code_tile = (BLOCK, ROWS // 2) if transposed else (ROWS, BLOCK // 2)
+    scale_tile = (ROWS // BLOCK, BLOCK) if transposed else (1, ROWS)
+    if tuning.cluster > 1:
+        free = plgpu.ClusterBarrier(
+            collective_axes=("pair",), num_barriers=stages, num_arrivals=2
+        )
+    else:
+        free = plgpu.Barrier(num_barriers=stages, num_arrivals=2)
+    run = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((tokens, kept), jnp.bfloat16),
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=3,
+        thread_name="warpgroup",
+        scratch_types=[
+            plgpu.SMEM((stages, width, BLOCK), jnp.bfloat16, transforms=_SWIZZLE),
+            plgpu.SMEM((stages, *code_tile), jnp.uint8, transforms=code_transforms),
+            plgpu.SMEM((stages, *scale_tile), jnp.float32),
+            plgpu.SMEM((256 * _COPIES * 2,), jnp.float32),
+            plgpu.SMEM((2, 2, _PIECE, _GROUP_ROWS), jnp.bfloat16, transforms=_SWIZZLE),
+            plgpu.Barrier(num_barriers=stages, num_arrivals=3),
+            free,
+        ],
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        kernel_name="nf4_matmul_transposed" if transposed else "nf4_matmul",
+        **({"cluster": (tuning.cluster,), "cluster_names": ("pair",)} if tuning.cluster > 1 else {}),
+    )
+
+    def call(x: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Array:
+        return run(x, codes.reshape(out_features, in_features // 2), scales)
+
+    return call
+
+
+def scales_by_column(
+    scales: Float[Array, " blocks"], shape: tuple[int, int]
+) -> Float[Array, "in_blocks out"]:
+    """The scales of a W of `shape` [out, in] as the kernel reads them."""
+    return scales.reshape(shape[0], shape[1] // BLOCK).T
+
+
+def _fill_table(book: np.ndarray, table: t.Pointer) -> None:
+    """Write both values of each byte, the high nibble's first, 16 times; by the 256 threads that decode."""
+    thread, lane = t.thread(), t.lane()
+    bits = [int(b) for b in book.astype(np.float32).view(np.uint32)]
+    mine = t.Word(bits[0])
+    for i in range(1, 16):
+        mine = t.select((lane & 15).equals(i), t.Word(bits[i]), mine)
+    # Eight threads write the 16 copies of a byte's pair, two each.
+    for first in range(0, 256, 32):
+        entry = (thread >> 3) + first
+        pair = [t.shuffle(mine, (entry >> 4) & 15), t.shuffle(mine, entry & 15)]
+        t.store_words(table, (entry << 7) + ((thread & 7) << 4), pair * 2)
+    mgpu_utils.inline_ptx("bar.sync 15, 256;", has_side_effects=True)
+
+
+def _rotate_right(word: t.Word, amount: t.Word) -> t.Word:
+    result = mgpu_utils.inline_ptx(
+        "shf.r.wrap.b32 $0, $1, $1, $2;", word.value, amount.value, result_types=t.i32()
+    )
+    return t.Word(result)
+
+
+def _look_up(table: t.Pointer, rotated: t.Word, lane8: t.Word) -> list[ir.Value]:
+    """Both float32 of the byte in bits 7 to 14."""
+    # The table does not change: the load may move.
+    return list(
+        mgpu_utils.inline_ptx(
+            "ld.shared.v2.f32 {$0, $1}, [$2];",
+            table.at((rotated & 0x7F80) | lane8),
+            result_types=[t.f32()] * 2,
+        )
+    )
+
+
+def _load_pair(pointer: t.Pointer, offset: t.Word) -> list[ir.Value]:
+    return [t.as_float(word) for word in t.load_words(pointer, offset, 2)]
+
+
+def _decode_rows(codes: t.Pointer, scales: t.Pointer, table: t.Pointer) -> list[t.Word]:
+    """64 rows of W by 64 columns: a thread's rows are neighbours, its columns as ``wgmma`` has them."""
+    lane, warp = t.lane(), t.warp()
+    lane8, amount = (lane & 15) << 3, ((lane & 3) * 8 - 7) & 31
+    row = (warp << 4) + ((lane >> 2) << 1)
+    words = [t.load_words(codes, (row << 5) + 16 * i, 4) for i in range(4)]
+    rows = (words[0] + words[1], words[2] + words[3])
+    factors = _load_pair(scales, row << 2)
+    result = []
+    for j in range(BLOCK // 8):
+        for row_words, factor in zip(rows, factors, strict=True):
+            values = _look_up(table, _rotate_right(row_words[j], amount), lane8)
+            result.append(t.pack_bfloat16(*(t.multiply(value, factor) for value in values)))
+    return result
+
+
+def _decode_columns(codes: t.Pointer, scales: t.Pointer, table: t.Pointer) -> list[t.Word]:
+    """64 columns of W by 64 rows: a thread's columns are neighbours, its rows as ``wgmma`` has them."""
+    lane, warp = t.lane(), t.warp()
+    lane8, odd = (lane & 15) << 3, warp & 1
+    chunk = warp >> 1
+    quads = []
+    for half in range(2):
+        row = lane + 32 * half
+        address = codes.at((row << 6) + ((chunk ^ ((row >> 1) & 3)) << 4))
+        quads += mgpu_utils.inline_ptx(
+            "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];",
+            address,
+            result_types=[t.i32()] * 4,
+            has_side_effects=True,
+        )
+    amounts = [((odd << 3) + (32 - 7 + 16 * i)) & 31 for i in range(2)]
+    result = []
+    for j, quad in enumerate(quads):
+        factors = _load_pair(scales, ((warp >> 2) << 8) + ((lane & 3) << 3) + 32 * j)
+        columns = ([], [])
+        for amount, factor in zip(amounts, factors, strict=True):
+            values = _look_up(table, _rotate_right(t.Word(quad), amount), lane8)
+            for column, value in zip(columns, values, strict=True):
+                column.append(t.multiply(value, factor))
+        result += [t.pack_bfloat16(*column) for column in columns]
+    return result
+
+
+def _operand(words: list[t.Word]) -> fragments.FragmentedArray:
+    """What a thread decoded, as the first operand of ``wgmma``."""
+    pair = ir.VectorType.get((2,), ir.BF16Type.get())
+    one = ir.VectorType.get((1,), t.i32())
+    registers = np.empty((1, BLOCK // 8, 1, 1, 2, 1, 1, 1, 1), dtype=object)
+    registers.flat = [vector.bitcast(pair, vector.broadcast(one, word.value)) for word in words]
+    return fragments.FragmentedArray(
+        _registers=registers, _layout=fragments.WGMMA_LAYOUT, _is_signed=None
+    )
+
+
+def _write_piece(piece: t.Pointer, part: fragments.FragmentedArray, transposed: bool) -> None:
+    """Write 64 rows by 64 tokens to [token, row] in shared memory, with its swizzle."""
+    lane, warp = t.lane(), t.warp()
+    if transposed:
+        byte = (((warp >> 1) & 1) << 6) + ((lane >> 2) << 3) + ((warp & 1) << 2)
+    else:
+        byte = ((warp & 3) << 5) + ((lane >> 2) << 2)
+    values = [
+        [
+            vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
+            for i in range(2)
+        ]
+        for register in part.registers.flat
+    ]
+    for i in range(2):
+        token = ((lane & 3) << 1) + i
+        start = (token << 7) + (((byte >> 4) ^ token) << 4) + (byte & 15)
+        for j in range(_PIECE // 8):
+            low, high = values[2 * j][i], values[2 * j + 1][i]
+            t.store_words(piece, start + 1024 * j, [t.pack_bfloat16(low, high)])
