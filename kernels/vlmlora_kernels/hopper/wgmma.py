@@ -148,13 +148,17 @@ def matmul(
                 @plgpu.inline_mgpu(
                     arg_types=(plgpu.RefType(code_transforms), plgpu.RefType(), plgpu.RefType()),
                     return_type=plgpu.ShapeDtypeStruct(
-                        (_GROUP_ROWS, BLOCK), jnp.bfloat16, layout=plgpu.Layout.WGMMA
+                        (_GROUP_ROWS, BLOCK), jnp.float32, layout=plgpu.Layout.WGMMA
                     ),
                 )
                 def operand(_, *refs: Any) -> fragments.FragmentedArray:
                     return _operand(decode(*(t.Pointer(ref, t.SHARED) for ref in refs)))
 
                 return operand(code_tiles.at[slot], scale_tiles.at[slot], table)
+
+            def rounded(values: jax.Array) -> jax.Array:
+                # Not before: the registers of a product under way must not change.
+                return lax.optimization_barrier(values).astype(jnp.bfloat16)
 
             def one_tile(number: Any, _: None) -> None:
                 row, token = place(number)
@@ -168,12 +172,12 @@ def matmul(
 
                     def one(step: Any, w: jax.Array) -> jax.Array:
                         slot = start_product(step, w)
-                        following = lax.optimization_barrier(decoded(step + 1))
+                        following = decoded(step + 1)
                         plgpu.wgmma_wait(0)
                         plgpu.barrier_arrive(free.at[slot])
-                        return following
+                        return rounded(following)
 
-                    w = lax.fori_loop(start, start + steps - 1, one, decoded(start))
+                    w = lax.fori_loop(start, start + steps - 1, one, rounded(decoded(start)))
                     slot = start_product(start + steps - 1, w)
                     plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(free.at[slot])
@@ -282,7 +286,7 @@ def _load_pair(pointer: t.Pointer, offset: t.Word) -> list[ir.Value]:
     return [t.as_float(word) for word in t.load_words(pointer, offset, 2)]
 
 
-def _decode_rows(codes: t.Pointer, scales: t.Pointer, table: t.Pointer) -> list[t.Word]:
+def _decode_rows(codes: t.Pointer, scales: t.Pointer, table: t.Pointer) -> list[list[ir.Value]]:
     """64 rows of W by 64 columns: a thread's rows are neighbours, its columns as ``wgmma`` has them."""
     lane, warp = t.lane(), t.warp()
     lane8, amount = (lane & 15) << 3, ((lane & 3) * 8 - 7) & 31
@@ -294,11 +298,11 @@ def _decode_rows(codes: t.Pointer, scales: t.Pointer, table: t.Pointer) -> list[
     for j in range(BLOCK // 8):
         for row_words, factor in zip(rows, factors, strict=True):
             values = _look_up(table, _rotate_right(row_words[j], amount), lane8)
-            result.append(t.pack_bfloat16(*(t.multiply(value, factor) for value in values)))
+            result.append([t.multiply(value, factor) for value in values])
     return result
 
 
-def _decode_columns(codes: t.Pointer, scales: t.Pointer, table: t.Pointer) -> list[t.Word]:
+def _decode_columns(codes: t.Pointer, scales: t.Pointer, table: t.Pointer) -> list[list[ir.Value]]:
     """64 columns of W by 64 rows: a thread's columns are neighbours, its rows as ``wgmma`` has them."""
     lane, warp = t.lane(), t.warp()
     lane8, odd = (lane & 15) << 3, warp & 1
@@ -322,19 +326,16 @@ def _decode_columns(codes: t.Pointer, scales: t.Pointer, table: t.Pointer) -> li
             values = _look_up(table, _rotate_right(t.Word(quad), amount), lane8)
             for column, value in zip(columns, values, strict=True):
                 column.append(t.multiply(value, factor))
-        result += [t.pack_bfloat16(*column) for column in columns]
+        result += columns
     return result
 
 
-def _operand(words: list[t.Word]) -> fragments.FragmentedArray:
-    """What a thread decoded, as the first operand of ``wgmma``."""
-    pair = ir.VectorType.get((2,), ir.BF16Type.get())
-    one = ir.VectorType.get((1,), t.i32())
+def _operand(pairs: list[list[ir.Value]]) -> fragments.FragmentedArray:
+    """What a thread decoded, laid out as the first operand of ``wgmma``."""
+    type_ = ir.VectorType.get((2,), t.f32())
     registers = np.empty((1, BLOCK // 8, 1, 1, 2, 1, 1, 1, 1), dtype=object)
-    registers.flat = [vector.bitcast(pair, vector.broadcast(one, word.value)) for word in words]
-    return fragments.FragmentedArray(
-        _registers=registers, _layout=fragments.WGMMA_LAYOUT, _is_signed=None
-    )
+    registers.flat = [vector.from_elements(type_, pair) for pair in pairs]
+    return fragments.FragmentedArray(_registers=registers, _layout=fragments.WGMMA_LAYOUT, _is_signed=None)
 
 
 def _write_piece(piece: t.Pointer, part: fragments.FragmentedArray, transposed: bool) -> None:
