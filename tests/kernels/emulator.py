@@ -111,6 +111,17 @@ def load_float(pointer, offset):
 load_shared_float = load_float
 
 
+def load_constant_pair(pointer, offset):
+    return list(_load(pointer, offset, 8, np.float32).T)
+
+
+def load_transposed(pointer, offset):
+    rows = _load(pointer, offset, 16, np.uint16).reshape(-1, 4, 8, 8)  # warp, matrix, row, column
+    lane_ = np.arange(32)
+    words = np.ascontiguousarray(rows.transpose(0, 1, 3, 2)).view(np.uint32)  # warp, matrix, column, pair
+    return [Word(words[:, m, lane_ // 4, lane_ % 4].reshape(-1)) for m in range(4)]
+
+
 def load_byte(pointer, offset):
     return Word(_load(pointer, offset, 1, np.uint8)[:, 0])
 
@@ -173,6 +184,11 @@ def permute(low, high, selector):
     return Word(sum(pool[:, selector >> 4 * i & 7].astype(np.uint32) << np.uint32(8 * i) for i in range(4)))
 
 
+def rotate_right(word, amount):
+    amount = Word(amount).value & np.uint32(31)
+    return Word(word.value >> amount | word.value << (np.uint32(32) - amount) % np.uint32(32))
+
+
 def shuffle(value, lane_):
     return Word(value.value.reshape(-1, 32)[np.arange(_state["threads"]) // 32, lane_.value])
 
@@ -216,6 +232,10 @@ def block():
 
 def barrier():
     pass
+
+
+def barrier_of(threads):
+    assert threads == _state["threads"]
 
 
 @contextlib.contextmanager

@@ -171,6 +171,30 @@ def load_shared_float(pointer: Pointer, offset: Word | int) -> ir.Value:
     return llvm.load(f32(), pointer.at(offset))
 
 
+def load_constant_pair(pointer: Pointer, offset: Word | int) -> list[ir.Value]:
+    """Load two float32 of shared memory that nothing writes any more: the load may move."""
+    return list(
+        mgpu_utils.inline_ptx(
+            "ld.shared.v2.f32 {$0, $1}, [$2];", pointer.at(offset), result_types=[f32()] * 2
+        )
+    )
+
+
+def load_transposed(pointer: Pointer, offset: Word) -> list[Word]:
+    """Load four 8×8 matrices of 16-bit elements (PTX ``ldmatrix.x4.trans``).
+
+    Lane ``8 * m + r`` gives the offset of row `r` of matrix `m`, 16 bytes; lane `l` gets rows
+    ``2 * (l % 4)`` and the next of column ``l // 4`` of each matrix.
+    """
+    result = mgpu_utils.inline_ptx(
+        "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];",
+        pointer.at(offset),
+        result_types=[i32()] * 4,
+        has_side_effects=True,
+    )
+    return [Word(value) for value in result]
+
+
 def load_byte(pointer: Pointer, offset: Word | int) -> Word:
     """Load one byte of read-only global memory."""
     result = mgpu_utils.inline_ptx("ld.global.nc.u8 $0, [$1];", pointer.at(offset), result_types=i32())
@@ -225,6 +249,12 @@ def block() -> Word:
 def barrier() -> None:
     """Wait for every thread of the block."""
     gpu.barrier()
+
+
+def barrier_of(threads: int) -> None:
+    """Wait for as many threads, in whole warps; all that come here wait for each other."""
+    # Mosaic GPU takes the low numbers of the 16 barriers.
+    mgpu_utils.inline_ptx(f"bar.sync 15, {threads};", has_side_effects=True)
 
 
 def when(condition: ir.Value):
@@ -290,6 +320,15 @@ def permute(low: Word, high: Word, selector: int | Word) -> Word:
     return Word(
         mgpu_utils.inline_ptx(
             "prmt.b32 $0, $1, $2, $3;", low.value, high.value, Word(selector).value, result_types=i32()
+        )
+    )
+
+
+def rotate_right(word: Word, amount: Word) -> Word:
+    """Turn a word's bits to the right."""
+    return Word(
+        mgpu_utils.inline_ptx(
+            "shf.r.wrap.b32 $0, $1, $1, $2;", word.value, amount.value, result_types=i32()
         )
     )
 

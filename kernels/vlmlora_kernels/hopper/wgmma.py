@@ -13,6 +13,7 @@ belongs: a thread takes neighbours, so that it writes pairs.
 
 import dataclasses
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -22,18 +23,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.mosaic.gpu import fragmented_array as fragments
-from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import vector
 from jaxtyping import Array, BFloat16, Float, UInt8
 
-from vlmlora_kernels.hopper import simt as t
+from vlmlora_kernels.hopper import simt
 from vlmlora_kernels.hopper.tuning import MULTIPROCESSORS
 
 BLOCK = 64  # elements that share a scale, and the step along the summed axis
 ROWS = 128  # rows of the transposed result that a block of threads owns
 _GROUP_ROWS = 64  # of which a warpgroup multiplies
-_COPIES = 16  # of the table, one for each lane of half a warp
+_TABLE_WORDS = 256 * 2 * 16  # a pair for each byte and each lane of half a warp
 _PIECE = 64  # tokens that are written at a time
 _SWIZZLE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _CODE_SWIZZLE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(64))
@@ -83,7 +83,7 @@ def matmul(
     stages, width = tuning.stages, tuning.tokens
     tiles = row_tiles * token_tiles
     blocks = min(tiles, MULTIPROCESSORS // tuning.cluster)
-    decode = _decode_columns if transposed else _decode_rows
+    decode = decode_columns if transposed else decode_rows
     code_transforms = _CODE_SWIZZLE if transposed else ()
     collective = {"collective_axes": "pair"} if tuning.cluster > 1 else {}
 
@@ -136,7 +136,7 @@ def matmul(
 
             @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
             def fill(_, ref: Any) -> None:
-                _fill_table(book, t.Pointer(ref, t.SHARED))
+                fill_table(simt, book, simt.Pointer(ref, simt.SHARED), threads=256)
 
             fill(table)
 
@@ -152,7 +152,7 @@ def matmul(
                     ),
                 )
                 def operand(_, *refs: Any) -> fragments.FragmentedArray:
-                    return _operand(decode(*(t.Pointer(ref, t.SHARED) for ref in refs)))
+                    return _in_wgmma_layout(decode(simt, *(simt.Pointer(ref, simt.SHARED) for ref in refs)))
 
                 return operand(code_tiles.at[slot], scale_tiles.at[slot], table)
 
@@ -191,7 +191,7 @@ def matmul(
 
                     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(_SWIZZLE), plgpu.Layout.WGMMA))
                     def write(_, ref: Any, part: fragments.FragmentedArray) -> None:
-                        _write_piece(t.Pointer(ref, t.SHARED), part, transposed)
+                        write_piece(simt, simt.Pointer(ref, simt.SHARED), _pairs(part), transposed)
 
                     write(piece, part)
                     plgpu.commit_smem()
@@ -225,7 +225,7 @@ def matmul(
             plgpu.SMEM((stages, width, BLOCK), jnp.bfloat16, transforms=_SWIZZLE),
             plgpu.SMEM((stages, *code_tile), jnp.uint8, transforms=code_transforms),
             plgpu.SMEM((stages, *scale_tile), jnp.float32),
-            plgpu.SMEM((256 * _COPIES * 2,), jnp.float32),
+            plgpu.SMEM((_TABLE_WORDS,), jnp.float32),
             plgpu.SMEM((2, 2, _PIECE, _GROUP_ROWS), jnp.bfloat16, transforms=_SWIZZLE),
             plgpu.Barrier(num_barriers=stages, num_arrivals=3),
             free,
@@ -248,113 +248,107 @@ def scales_by_column(
     return scales.reshape(shape[0], shape[1] // BLOCK).T
 
 
-def _fill_table(book: np.ndarray, table: t.Pointer) -> None:
-    """Write both values of each byte, the high nibble's first, 16 times; by the 256 threads that decode."""
+def fill_table(t: ModuleType, book: np.ndarray, table: Any, threads: int) -> None:
+    """Write both values of each byte, the high nibble's first, 16 times."""
     thread, lane = t.thread(), t.lane()
     bits = [int(b) for b in book.astype(np.float32).view(np.uint32)]
     mine = t.Word(bits[0])
     for i in range(1, 16):
         mine = t.select((lane & 15).equals(i), t.Word(bits[i]), mine)
     # Eight threads write the 16 copies of a byte's pair, two each.
-    for first in range(0, 256, 32):
+    for first in range(0, 256, threads // 8):
         entry = (thread >> 3) + first
         pair = [t.shuffle(mine, (entry >> 4) & 15), t.shuffle(mine, entry & 15)]
         t.store_words(table, (entry << 7) + ((thread & 7) << 4), pair * 2)
-    mgpu_utils.inline_ptx("bar.sync 15, 256;", has_side_effects=True)
+    t.barrier_of(threads)
 
 
-def _rotate_right(word: t.Word, amount: t.Word) -> t.Word:
-    result = mgpu_utils.inline_ptx(
-        "shf.r.wrap.b32 $0, $1, $1, $2;", word.value, amount.value, result_types=t.i32()
-    )
-    return t.Word(result)
+def _look_up(t: ModuleType, table: Any, word: Any, amount: Any, lane8: Any) -> list:
+    """Both values of the byte that turning the word by `amount` brings to bits 7 to 14."""
+    return t.load_constant_pair(table, (t.rotate_right(word, amount) & 0x7F80) | lane8)
 
 
-def _look_up(table: t.Pointer, rotated: t.Word, lane8: t.Word) -> list[ir.Value]:
-    """Both float32 of the byte in bits 7 to 14."""
-    # The table does not change: the load may move.
-    return list(
-        mgpu_utils.inline_ptx(
-            "ld.shared.v2.f32 {$0, $1}, [$2];",
-            table.at((rotated & 0x7F80) | lane8),
-            result_types=[t.f32()] * 2,
-        )
-    )
-
-
-def _load_pair(pointer: t.Pointer, offset: t.Word) -> list[ir.Value]:
+def _load_pair(t: ModuleType, pointer: Any, offset: Any) -> list:
     return [t.as_float(word) for word in t.load_words(pointer, offset, 2)]
 
 
-def _decode_rows(codes: t.Pointer, scales: t.Pointer, table: t.Pointer) -> list[list[ir.Value]]:
-    """64 rows of W by 64 columns: a thread's rows are neighbours, its columns as ``wgmma`` has them."""
+def decode_rows(t: ModuleType, codes: Any, scales: Any, table: Any) -> list[list]:
+    """128 rows of W by 64 columns; the pairs that a thread of 256 holds.
+
+    Each 16 rows are a warp's. A thread's two rows are neighbours, its columns those that ``wgmma`` wants.
+    """
     lane, warp = t.lane(), t.warp()
-    lane8, amount = (lane & 15) << 3, ((lane & 3) * 8 - 7) & 31
+    lane8, amount = (lane & 15) << 3, ((lane & 3) * 8 + 25) & 31
     row = (warp << 4) + ((lane >> 2) << 1)
     words = [t.load_words(codes, (row << 5) + 16 * i, 4) for i in range(4)]
     rows = (words[0] + words[1], words[2] + words[3])
-    factors = _load_pair(scales, row << 2)
+    factors = _load_pair(t, scales, row << 2)
     result = []
     for j in range(BLOCK // 8):
         for row_words, factor in zip(rows, factors, strict=True):
-            values = _look_up(table, _rotate_right(row_words[j], amount), lane8)
+            values = _look_up(t, table, row_words[j], amount, lane8)
             result.append([t.multiply(value, factor) for value in values])
     return result
 
 
-def _decode_columns(codes: t.Pointer, scales: t.Pointer, table: t.Pointer) -> list[list[ir.Value]]:
-    """64 columns of W by 64 rows: a thread's columns are neighbours, its rows as ``wgmma`` has them."""
+def decode_columns(t: ModuleType, codes: Any, scales: Any, table: Any) -> list[list]:
+    """128 columns of W by 64 rows; the pairs that a thread of 256 holds.
+
+    Each 32 columns are two warps', whose threads take pairs of neighbours in turn; a thread's rows are those
+    that ``wgmma`` wants.
+    """
     lane, warp = t.lane(), t.warp()
-    lane8, odd = (lane & 15) << 3, warp & 1
-    chunk = warp >> 1
-    quads = []
-    for half in range(2):
-        row = lane + 32 * half
-        address = codes.at((row << 6) + ((chunk ^ ((row >> 1) & 3)) << 4))
-        quads += mgpu_utils.inline_ptx(
-            "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];",
-            address,
-            result_types=[t.i32()] * 4,
-            has_side_effects=True,
-        )
-    amounts = [((odd << 3) + (32 - 7 + 16 * i)) & 31 for i in range(2)]
+    lane8, turn, chunk = (lane & 15) << 3, warp & 1, warp >> 1
+    amounts = [((turn << 3) + (25 + 16 * i)) & 31 for i in range(2)]
+    words = []
+    for first in (0, 32):
+        row = lane + first
+        words += t.load_transposed(codes, (row << 6) + ((chunk ^ ((row >> 1) & 3)) << 4))
     result = []
-    for j, quad in enumerate(quads):
-        factors = _load_pair(scales, ((warp >> 2) << 8) + ((lane & 3) << 3) + 32 * j)
+    for j, word in enumerate(words):
+        factors = _load_pair(t, scales, ((warp >> 2) << 8) + ((lane & 3) << 3) + 32 * j)
         columns = ([], [])
         for amount, factor in zip(amounts, factors, strict=True):
-            values = _look_up(table, _rotate_right(t.Word(quad), amount), lane8)
+            values = _look_up(t, table, word, amount, lane8)
             for column, value in zip(columns, values, strict=True):
                 column.append(t.multiply(value, factor))
         result += columns
     return result
 
 
-def _operand(pairs: list[list[ir.Value]]) -> fragments.FragmentedArray:
-    """What a thread decoded, laid out as the first operand of ``wgmma``."""
-    type_ = ir.VectorType.get((2,), t.f32())
-    registers = np.empty((1, BLOCK // 8, 1, 1, 2, 1, 1, 1, 1), dtype=object)
-    registers.flat = [vector.from_elements(type_, pair) for pair in pairs]
-    return fragments.FragmentedArray(_registers=registers, _layout=fragments.WGMMA_LAYOUT, _is_signed=None)
+def write_piece(t: ModuleType, piece: Any, values: list[list], transposed: bool) -> None:
+    """Write a warpgroup's 64 rows by 64 tokens to [token, row] in shared memory, with its swizzle.
 
-
-def _write_piece(piece: t.Pointer, part: fragments.FragmentedArray, transposed: bool) -> None:
-    """Write 64 rows by 64 tokens to [token, row] in shared memory, with its swizzle."""
+    Args:
+        t: `simt`.
+        piece: where to.
+        values: for each 8 tokens and each of a thread's two rows, two tokens.
+        transposed: the rows are those of `decode_columns`, and not of `decode_rows`.
+    """
     lane, warp = t.lane(), t.warp()
     if transposed:
         byte = (((warp >> 1) & 1) << 6) + ((lane >> 2) << 3) + ((warp & 1) << 2)
     else:
         byte = ((warp & 3) << 5) + ((lane >> 2) << 2)
-    values = [
-        [
-            vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
-            for i in range(2)
-        ]
-        for register in part.registers.flat
-    ]
     for i in range(2):
         token = ((lane & 3) << 1) + i
         start = (token << 7) + (((byte >> 4) ^ token) << 4) + (byte & 15)
-        for j in range(_PIECE // 8):
-            low, high = values[2 * j][i], values[2 * j + 1][i]
-            t.store_words(piece, start + 1024 * j, [t.pack_bfloat16(low, high)])
+        for j in range(len(values) // 2):
+            t.store_words(piece, start + 1024 * j, [t.pack_bfloat16(values[2 * j][i], values[2 * j + 1][i])])
+
+
+def _in_wgmma_layout(pairs: list[list[ir.Value]]) -> fragments.FragmentedArray:
+    """What a thread decoded, as an array [64, 64]."""
+    type_ = ir.VectorType.get((2,), simt.f32())
+    registers = np.empty((1, BLOCK // 8, 1, 1, 2, 1, 1, 1, 1), dtype=object)
+    registers.flat = [vector.from_elements(type_, pair) for pair in pairs]
+    return fragments.FragmentedArray(_registers=registers, _layout=fragments.WGMMA_LAYOUT, _is_signed=None)
+
+
+def _pairs(array: fragments.FragmentedArray) -> list[list[ir.Value]]:
+    """What a thread holds of a float32 array in this layout."""
+    positions = [ir.DenseI64ArrayAttr.get([i]) for i in range(2)]
+    return [
+        [vector.extract(register, dynamic_position=[], static_position=at) for at in positions]
+        for register in array.registers.flat
+    ]

@@ -1,0 +1,98 @@
+"""The fused product for many tokens: its decoding and its writing thread by thread on the CPU, its lowering."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tests.kernels import emulator
+from vlmlora_kernels import CODE_BOOKS
+from vlmlora_kernels.hopper import wgmma
+
+THREADS = 256
+
+
+def shared(array):
+    return emulator.Pointer(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+
+@pytest.fixture
+def threads():
+    emulator._state.update(threads=THREADS, block=0, masks=[np.ones(THREADS, bool)])
+    with np.errstate(over="ignore"):
+        yield
+
+
+def swizzled(array, width):
+    """As TMA writes rows of 64 or 128 bytes: pieces of 16 bytes in an order that depends on the row."""
+    pieces = array.view(np.uint8).reshape(len(array), -1, 16)
+    rows = np.arange(len(array))[:, None]
+    order = np.arange(pieces.shape[1]) ^ rows // (128 // width) % (width // 16)
+    return np.take_along_axis(pieces, order[..., None], axis=1).reshape(array.view(np.uint8).shape)
+
+
+def operand(pairs):
+    """The array [2, 64, 64] of two warpgroups behind the registers of their threads (PTX, ``wgmma``)."""
+    thread = np.arange(THREADS)
+    group, warp, lane = thread // 128, thread // 32 % 4, thread % 32
+    result = np.full((2, 64, 64), np.nan, np.float32)
+    for i, pair in enumerate(pairs):
+        for k, value in enumerate(pair):
+            result[group, 16 * warp + lane // 4 + 8 * (i % 2), 8 * (i // 2) + 2 * (lane % 4) + k] = value
+    return result
+
+
+def rows_of_operand(transposed):
+    """Which of the 128 rows of the transposed result each row of both warpgroups' operands is."""
+    group, warp, half, lane = np.meshgrid(np.arange(2), np.arange(4), np.arange(2), np.arange(8), indexing="ij")
+    if transposed:
+        row = 64 * group + 32 * (warp // 2) + 4 * lane + 2 * (warp % 2) + half
+    else:
+        row = 64 * group + 16 * warp + 2 * lane + half
+    assert sorted(row.reshape(-1)) == list(range(128))
+    return row.reshape(2, 64)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_threads_decode_every_element_of_a_tile(threads, transposed, quant_type):
+    rng = np.random.default_rng(0)
+    book = CODE_BOOKS[quant_type]
+    shape = (64, 64) if transposed else (128, 32)
+    codes = rng.integers(0, 256, shape, np.uint8)
+    scales = rng.uniform(0.01, 1, (2, 64) if transposed else (1, 128)).astype(np.float32)
+    table = shared(np.full(wgmma._TABLE_WORDS, np.nan, np.float32))
+    wgmma.fill_table(emulator, book, table, THREADS)
+    decode = wgmma.decode_columns if transposed else wgmma.decode_rows
+    pairs = decode(emulator, shared(swizzled(codes, 64) if transposed else codes), shared(scales), table)
+    nibbles = np.stack([codes >> 4, codes & 15], axis=-1).reshape(len(codes), -1)
+    if transposed:
+        expected = (book[nibbles] * np.repeat(scales.T, 64, axis=1)).T
+    else:
+        expected = book[nibbles] * scales.T
+    np.testing.assert_array_equal(operand(pairs), expected[rows_of_operand(transposed)])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_threads_write_every_element_of_the_result_where_it_belongs(threads, transposed):
+    rows = rows_of_operand(transposed)
+    thread = np.arange(THREADS)
+    group, warp, lane = thread // 128, thread // 32 % 4, thread % 32
+    rng = np.random.default_rng(1)
+    result = rng.standard_normal((128, 64)).astype(ml_dtypes.bfloat16)  # [row, token]
+    values = [
+        [
+            result[
+                rows[group, 16 * warp + lane // 4 + 8 * (i % 2)], 8 * (i // 2) + 2 * (lane % 4) + k
+            ].astype(np.float32)
+            for k in range(2)
+        ]
+        for i in range(16)
+    ]
+    pieces = np.full((2, 64, 64), np.nan, ml_dtypes.bfloat16)
+    memory = shared(pieces)
+    wgmma.write_piece(emulator, memory.shifted(group * 64 * 128), values, transposed)
+    for half in range(2):
+        expected = result[64 * half : 64 * half + 64].T
+        np.testing.assert_array_equal(
+            pieces[half].view(np.uint16), swizzled(np.ascontiguousarray(expected), 128).view(np.uint16)
+        )
