@@ -35,8 +35,9 @@ ROWS = 128  # rows of the transposed result that a block of threads owns
 _GROUP_ROWS = 64  # of which a warpgroup multiplies
 _TABLE_WORDS = 256 * 2 * 16  # a pair for each byte and each lane of half a warp
 _PIECE = 64  # tokens that are written at a time
-_SWIZZLE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-_CODE_SWIZZLE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(64))
+_SWIZZLE = (plgpu.SwizzleTransform(128),)
+# The same bytes in the words of ``wgmma``. A copy in these words would have to end at a multiple of 8 tokens.
+_TILED_SWIZZLE = (plgpu.TilingTransform((8, 64)), *_SWIZZLE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +85,11 @@ def matmul(
     tiles = row_tiles * token_tiles
     blocks = min(tiles, MULTIPROCESSORS // tuning.cluster)
     decode = decode_columns if transposed else decode_rows
-    code_transforms = _CODE_SWIZZLE if transposed else ()
+    code_transforms = (plgpu.SwizzleTransform(64),) if transposed else ()
     collective = {"collective_axes": "pair"} if tuning.cluster > 1 else {}
 
-    def body(x, codes, scales, out, x_tiles, code_tiles, scale_tiles, table, pieces, full, free) -> None:
+    def body(x, codes, scales, out, x_views, code_tiles, scale_tiles, table, pieces, full, free) -> None:
+        x_tiles, x_operands = x_views
         group = lax.axis_index("warpgroup")
         first_tile = lax.axis_index("block")
         my_tiles = (tiles - first_tile + blocks - 1) // blocks
@@ -104,15 +106,17 @@ def matmul(
         def load() -> None:
             plgpu.set_max_registers(40, action="decrease")
 
+            def wait_for_slot(step: Any, _: None) -> None:
+                @pl.when(step >= stages)
+                def wait() -> None:
+                    plgpu.barrier_wait(free.at[lax.rem(step, stages)])
+
             def one(step: Any, _: None) -> None:
                 row, token = place(step // steps)
                 at = step % steps
                 slot = lax.rem(step, stages)
 
-                @pl.when(step >= stages)
-                def wait() -> None:
-                    plgpu.barrier_wait(free.at[slot])
-
+                wait_for_slot(step, None)
                 if transposed:
                     code_part = (pl.ds(at * BLOCK, BLOCK), pl.ds(row // 2, ROWS // 2))
                     scale_part = (pl.ds(row // BLOCK, ROWS // BLOCK), pl.ds(at * BLOCK, BLOCK))
@@ -129,6 +133,9 @@ def matmul(
                 )
 
             lax.fori_loop(0, my_tiles * steps, one, None)
+            if tuning.cluster > 1:
+                # The other block says that it has read a tile: stay until it has said so of the last ones.
+                lax.fori_loop(my_tiles * steps, my_tiles * steps + stages, wait_for_slot, None)
 
         @pl.when(group < 2)
         def multiply() -> None:
@@ -167,7 +174,7 @@ def matmul(
                 def products(acc: Any) -> jax.Array:
                     def start_product(step: Any, w: jax.Array) -> Any:
                         slot = lax.rem(step, stages)
-                        plgpu.wgmma(acc, w, x_tiles.at[slot].T)
+                        plgpu.wgmma(acc, w, x_operands.at[slot].T)
                         return slot
 
                     def one(step: Any, w: jax.Array) -> jax.Array:
@@ -222,7 +229,10 @@ def matmul(
         num_threads=3,
         thread_name="warpgroup",
         scratch_types=[
-            plgpu.SMEM((stages, width, BLOCK), jnp.bfloat16, transforms=_SWIZZLE),
+            plgpu.RefUnion(
+                plgpu.SMEM((stages, width, BLOCK), jnp.bfloat16, transforms=_SWIZZLE),
+                plgpu.SMEM((stages, width, BLOCK), jnp.bfloat16, transforms=_TILED_SWIZZLE),
+            ),
             plgpu.SMEM((stages, *code_tile), jnp.uint8, transforms=code_transforms),
             plgpu.SMEM((stages, *scale_tile), jnp.float32),
             plgpu.SMEM((_TABLE_WORDS,), jnp.float32),
