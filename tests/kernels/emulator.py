@@ -111,8 +111,7 @@ def load_float(pointer, offset):
 load_shared_float = load_float
 
 
-def load_constant_pair(pointer, offset):
-    return list(_load(pointer, offset, 8, np.float32).T)
+load_constant = load_words
 
 
 def load_transposed(pointer, offset):
@@ -181,12 +180,13 @@ def both(a, b):
 
 def permute(low, high, selector):
     pool = np.stack([low.value, high.value], 1).view(np.uint8)
-    return Word(sum(pool[:, selector >> 4 * i & 7].astype(np.uint32) << np.uint32(8 * i) for i in range(4)))
-
-
-def rotate_right(word, amount):
-    amount = Word(amount).value & np.uint32(31)
-    return Word(word.value >> amount | word.value << (np.uint32(32) - amount) % np.uint32(32))
+    threads, selector = np.arange(len(pool)), Word(selector).value
+    return Word(
+        sum(
+            pool[threads, selector >> np.uint32(4 * i) & 7].astype(np.uint32) << np.uint32(8 * i)
+            for i in range(4)
+        )
+    )
 
 
 def shuffle(value, lane_):

@@ -43,7 +43,9 @@ def operand(pairs):
 
 def rows_of_operand(transposed):
     """Which of the 128 rows of the transposed result each row of both warpgroups' operands is."""
-    group, warp, half, lane = np.meshgrid(np.arange(2), np.arange(4), np.arange(2), np.arange(8), indexing="ij")
+    group, warp, half, lane = np.meshgrid(
+        np.arange(2), np.arange(4), np.arange(2), np.arange(8), indexing="ij"
+    )
     if transposed:
         row = 64 * group + 32 * (warp // 2) + 4 * lane + 2 * (warp % 2) + half
     else:
@@ -54,16 +56,21 @@ def rows_of_operand(transposed):
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_threads_decode_every_element_of_a_tile(threads, transposed, quant_type):
+@pytest.mark.parametrize("exact", [False, True])
+def test_threads_decode_every_element_of_a_tile(threads, transposed, quant_type, exact):
     rng = np.random.default_rng(0)
     book = CODE_BOOKS[quant_type]
     shape = (64, 64) if transposed else (128, 32)
     codes = rng.integers(0, 256, shape, np.uint8)
     scales = rng.uniform(0.01, 1, (2, 64) if transposed else (1, 128)).astype(np.float32)
     table = shared(np.full(wgmma._TABLE_WORDS, np.nan, np.float32))
-    wgmma.fill_table(emulator, book, table, THREADS)
+    wgmma.fill_table(emulator, book, table, THREADS, exact)
     decode = wgmma.decode_columns if transposed else wgmma.decode_rows
-    pairs = decode(emulator, shared(swizzled(codes, 64) if transposed else codes), shared(scales), table)
+    pairs = decode(
+        emulator, shared(swizzled(codes, 64) if transposed else codes), shared(scales), table, exact
+    )
+    if not exact:
+        book = book.astype(ml_dtypes.bfloat16).astype(np.float32)
     nibbles = np.stack([codes >> 4, codes & 15], axis=-1).reshape(len(codes), -1)
     if transposed:
         expected = (book[nibbles] * np.repeat(scales.T, 64, axis=1)).T

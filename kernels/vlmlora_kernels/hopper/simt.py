@@ -171,13 +171,13 @@ def load_shared_float(pointer: Pointer, offset: Word | int) -> ir.Value:
     return llvm.load(f32(), pointer.at(offset))
 
 
-def load_constant_pair(pointer: Pointer, offset: Word | int) -> list[ir.Value]:
-    """Load two float32 of shared memory that nothing writes any more: the load may move."""
-    return list(
-        mgpu_utils.inline_ptx(
-            "ld.shared.v2.f32 {$0, $1}, [$2];", pointer.at(offset), result_types=[f32()] * 2
-        )
+def load_constant(pointer: Pointer, offset: Word | int, count: int) -> list[Word]:
+    """Load 1 or 2 words of shared memory that nothing writes any more: the load may move."""
+    kind, registers = _LOADS[count]
+    result = mgpu_utils.inline_ptx(
+        f"ld.shared.{kind} {registers}, [${count}];", pointer.at(offset), result_types=[i32()] * count
     )
+    return [Word(value) for value in result]
 
 
 def load_transposed(pointer: Pointer, offset: Word) -> list[Word]:
@@ -320,15 +320,6 @@ def permute(low: Word, high: Word, selector: int | Word) -> Word:
     return Word(
         mgpu_utils.inline_ptx(
             "prmt.b32 $0, $1, $2, $3;", low.value, high.value, Word(selector).value, result_types=i32()
-        )
-    )
-
-
-def rotate_right(word: Word, amount: Word) -> Word:
-    """Turn a word's bits to the right."""
-    return Word(
-        mgpu_utils.inline_ptx(
-            "shf.r.wrap.b32 $0, $1, $1, $2;", word.value, amount.value, result_types=i32()
         )
     )
 

@@ -33,7 +33,7 @@ from vlmlora_kernels.hopper.tuning import MULTIPROCESSORS
 BLOCK = 64  # elements that share a scale, and the step along the summed axis
 ROWS = 128  # rows of the transposed result that a block of threads owns
 _GROUP_ROWS = 64  # of which a warpgroup multiplies
-_TABLE_WORDS = 256 * 2 * 16  # a pair for each byte and each lane of half a warp
+_TABLE_WORDS = 256 * 32  # 128 bytes for each byte of codes
 _PIECE = 64  # tokens that are written at a time
 _SWIZZLE = (plgpu.SwizzleTransform(128),)
 # The same bytes in the words of ``wgmma``. A copy in these words would have to end at a multiple of 8 tokens.
@@ -48,11 +48,13 @@ class Tuning:
         tokens: of a block of threads; a multiple of 64, at most 256.
         stages: steps whose tiles are in shared memory or on their way.
         cluster: blocks of threads with the same tokens that load them together: 1 or 2.
+        exact: look values up in float32 and not in bfloat16. W is then what `dequantize` writes, bit for bit.
     """
 
     tokens: int = 256
     stages: int = 4
     cluster: int = 1
+    exact: bool = True
 
 
 def matmul(
@@ -143,7 +145,7 @@ def matmul(
 
             @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
             def fill(_, ref: Any) -> None:
-                fill_table(simt, book, simt.Pointer(ref, simt.SHARED), threads=256)
+                fill_table(simt, book, simt.Pointer(ref, simt.SHARED), 256, tuning.exact)
 
             fill(table)
 
@@ -159,7 +161,8 @@ def matmul(
                     ),
                 )
                 def operand(_, *refs: Any) -> fragments.FragmentedArray:
-                    return _in_wgmma_layout(decode(simt, *(simt.Pointer(ref, simt.SHARED) for ref in refs)))
+                    pointers = [simt.Pointer(ref, simt.SHARED) for ref in refs]
+                    return _in_wgmma_layout(decode(simt, *pointers, tuning.exact))
 
                 return operand(code_tiles.at[slot], scale_tiles.at[slot], table)
 
@@ -216,9 +219,7 @@ def matmul(
     code_tile = (BLOCK, ROWS // 2) if transposed else (ROWS, BLOCK // 2)
     scale_tile = (ROWS // BLOCK, BLOCK) if transposed else (1, ROWS)
     if tuning.cluster > 1:
-        free = plgpu.ClusterBarrier(
-            collective_axes=("pair",), num_barriers=stages, num_arrivals=2
-        )
+        free = plgpu.ClusterBarrier(collective_axes=("pair",), num_barriers=stages, num_arrivals=2)
     else:
         free = plgpu.Barrier(num_barriers=stages, num_arrivals=2)
     run = plgpu.kernel(
@@ -258,37 +259,57 @@ def scales_by_column(
     return scales.reshape(shape[0], shape[1] // BLOCK).T
 
 
-def fill_table(t: ModuleType, book: np.ndarray, table: Any, threads: int) -> None:
-    """Write both values of each byte, the high nibble's first, 16 times."""
+def fill_table(t: ModuleType, book: np.ndarray, table: Any, threads: int, exact: bool) -> None:
+    """Write both values of each byte, the high nibble's first, once for each lane of a load.
+
+    A load of 8 bytes serves half a warp at a time, one of 4 bytes a whole one.
+    """
     thread, lane = t.thread(), t.lane()
-    bits = [int(b) for b in book.astype(np.float32).view(np.uint32)]
+    if exact:
+        bits = [int(b) for b in book.astype(np.float32).view(np.uint32)]
+    else:
+        bits = [int(b) for b in book.astype(jnp.bfloat16).view(np.uint16)]
     mine = t.Word(bits[0])
     for i in range(1, 16):
         mine = t.select((lane & 15).equals(i), t.Word(bits[i]), mine)
-    # Eight threads write the 16 copies of a byte's pair, two each.
+    # Eight threads write the 128 bytes of an entry.
     for first in range(0, 256, threads // 8):
         entry = (thread >> 3) + first
-        pair = [t.shuffle(mine, (entry >> 4) & 15), t.shuffle(mine, entry & 15)]
-        t.store_words(table, (entry << 7) + ((thread & 7) << 4), pair * 2)
+        high, low = t.shuffle(mine, (entry >> 4) & 15), t.shuffle(mine, entry & 15)
+        words = [high, low] * 2 if exact else [t.permute(high, low, 0x5410)] * 4
+        t.store_words(table, (entry << 7) + ((thread & 7) << 4), words)
     t.barrier_of(threads)
 
 
-def _look_up(t: ModuleType, table: Any, word: Any, amount: Any, lane8: Any) -> list:
-    """Both values of the byte that turning the word by `amount` brings to bits 7 to 14."""
-    return t.load_constant_pair(table, (t.rotate_right(word, amount) & 0x7F80) | lane8)
+class _Table:
+    """Where a thread finds the values of a byte."""
+
+    def __init__(self, t: ModuleType, table: Any, exact: bool):
+        self.t, self.exact, self.zero = t, exact, t.Word(0)
+        self.mine = table.shifted((t.lane() & 15) << 3 if exact else t.lane() << 2)
+
+    def __call__(self, word: Any, selector: Any) -> list:
+        """The two float32 of the byte that `selector` (PTX ``prmt``) takes from the word."""
+        t = self.t
+        offset = t.permute(word, self.zero, selector) << 7
+        if self.exact:
+            return [t.as_float(value) for value in t.load_constant(self.mine, offset, 2)]
+        (pair,) = t.load_constant(self.mine, offset, 1)
+        return [t.as_float(pair << 16), t.as_float(pair & 0xFFFF0000)]
 
 
 def _load_pair(t: ModuleType, pointer: Any, offset: Any) -> list:
     return [t.as_float(word) for word in t.load_words(pointer, offset, 2)]
 
 
-def decode_rows(t: ModuleType, codes: Any, scales: Any, table: Any) -> list[list]:
+def decode_rows(t: ModuleType, codes: Any, scales: Any, table: Any, exact: bool) -> list[list]:
     """128 rows of W by 64 columns; the pairs that a thread of 256 holds.
 
     Each 16 rows are a warp's. A thread's two rows are neighbours, its columns those that ``wgmma`` wants.
     """
-    lane, warp = t.lane(), t.warp()
-    lane8, amount = (lane & 15) << 3, ((lane & 3) * 8 + 25) & 31
+    look_up = _Table(t, table, exact)
+    lane, warp = t.lane(), t.thread() >> 5
+    selector = (lane & 3) | 0x4440
     row = (warp << 4) + ((lane >> 2) << 1)
     words = [t.load_words(codes, (row << 5) + 16 * i, 4) for i in range(4)]
     rows = (words[0] + words[1], words[2] + words[3])
@@ -296,20 +317,20 @@ def decode_rows(t: ModuleType, codes: Any, scales: Any, table: Any) -> list[list
     result = []
     for j in range(BLOCK // 8):
         for row_words, factor in zip(rows, factors, strict=True):
-            values = _look_up(t, table, row_words[j], amount, lane8)
-            result.append([t.multiply(value, factor) for value in values])
+            result.append([t.multiply(value, factor) for value in look_up(row_words[j], selector)])
     return result
 
 
-def decode_columns(t: ModuleType, codes: Any, scales: Any, table: Any) -> list[list]:
+def decode_columns(t: ModuleType, codes: Any, scales: Any, table: Any, exact: bool) -> list[list]:
     """128 columns of W by 64 rows; the pairs that a thread of 256 holds.
 
     Each 32 columns are two warps', whose threads take pairs of neighbours in turn; a thread's rows are those
     that ``wgmma`` wants.
     """
-    lane, warp = t.lane(), t.warp()
-    lane8, turn, chunk = (lane & 15) << 3, warp & 1, warp >> 1
-    amounts = [((turn << 3) + (25 + 16 * i)) & 31 for i in range(2)]
+    look_up = _Table(t, table, exact)
+    lane, warp = t.lane(), t.thread() >> 5
+    turn, chunk = warp & 1, warp >> 1
+    selectors = [turn | 0x4440, turn | 0x4442]
     words = []
     for first in (0, 32):
         row = lane + first
@@ -318,9 +339,8 @@ def decode_columns(t: ModuleType, codes: Any, scales: Any, table: Any) -> list[l
     for j, word in enumerate(words):
         factors = _load_pair(t, scales, ((warp >> 2) << 8) + ((lane & 3) << 3) + 32 * j)
         columns = ([], [])
-        for amount, factor in zip(amounts, factors, strict=True):
-            values = _look_up(t, table, word, amount, lane8)
-            for column, value in zip(columns, values, strict=True):
+        for selector, factor in zip(selectors, factors, strict=True):
+            for column, value in zip(columns, look_up(word, selector), strict=True):
                 column.append(t.multiply(value, factor))
         result += columns
     return result
@@ -335,7 +355,7 @@ def write_piece(t: ModuleType, piece: Any, values: list[list], transposed: bool)
         values: for each 8 tokens and each of a thread's two rows, two tokens.
         transposed: the rows are those of `decode_columns`, and not of `decode_rows`.
     """
-    lane, warp = t.lane(), t.warp()
+    lane, warp = t.lane(), t.thread() >> 5
     if transposed:
         byte = (((warp >> 1) & 1) << 6) + ((lane >> 2) << 3) + ((warp & 1) << 2)
     else:
