@@ -19,11 +19,19 @@ from vlmlora.models.mllama.cache import ImageCache, MllamaCache
 from vlmlora.models.mllama.vision import VisionModel, gated
 from vlmlora.nn.attention import attention
 from vlmlora.nn.cache import KVCache
-from vlmlora.nn.linear import Embedding, Linear
+from vlmlora.nn.linear import Embedding, Linear, apply_to_same
 from vlmlora.nn.mlp import GatedMLP
 from vlmlora.nn.norm import RMSNorm
 from vlmlora.nn.rotary import Rotary, apply_rotary, rotary, scaled_inverse_frequencies
-from vlmlora.nn.stack import LayerList, Remat, scan_layers, scan_mixed_layers
+from vlmlora.nn.stack import (
+    SAVE_ALL,
+    LayerList,
+    Remat,
+    TowerRemats,
+    add_attended,
+    scan_layers,
+    scan_mixed_layers,
+)
 from vlmlora.nn.variables import parameter
 
 EXTRA_EMBEDDINGS = 8
@@ -54,9 +62,9 @@ class SelfAttention(nnx.Module):
     ) -> tuple[Float[Array, "batch tokens hidden"], tuple[jax.Array, jax.Array]]:
         """Attend within the row, or to one layer's `cache` too; also returns the tokens' keys and values."""
         heads = (*x.shape[:2], -1, self.head_dim)
-        query = apply_rotary(self.q_proj(x, key=key).reshape(heads), rotary)
-        keys = apply_rotary(self.k_proj(x, key=key).reshape(heads), rotary)
-        values = self.v_proj(x, key=key).reshape(heads)
+        projected = apply_to_same(x, self.q_proj, self.k_proj, self.v_proj, key=key)
+        query, keys, values = (each.reshape(heads) for each in projected)
+        query, keys = apply_rotary(query, rotary), apply_rotary(keys, rotary)
         if cache is None:
             out = attention(query, keys, values, is_causal=True)
         else:
@@ -84,8 +92,9 @@ class CrossAttention(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """Keys and values of the images, each [batch, image_tokens, kv_heads, head_dim]."""
         heads = (*features.shape[:2], -1, self.head_dim)
-        keys = self.k_norm(self.k_proj(features, key=key).reshape(heads))
-        return keys, self.v_proj(features, key=key).reshape(heads)
+        projected = apply_to_same(features, self.k_proj, self.v_proj, key=key)
+        keys, values = (each.reshape(heads) for each in projected)
+        return self.k_norm(keys), values
 
     def __call__(
         self,
@@ -182,7 +191,7 @@ class SelfAttentionLayer(nnx.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Attention and MLP, each with a residual connection; also the new tokens' keys and values."""
         attended, new = self.self_attn(self.input_layernorm(x), rotary, cache=cache, key=key)
-        x = x + attended
+        x = add_attended(x, attended)
         return x + self.mlp(self.post_attention_layernorm(x), key=key), new
 
 
@@ -211,7 +220,7 @@ class CrossAttentionLayer(nnx.Module):
     ) -> Float[Array, "batch tokens hidden"]:
         """Attention and MLP, each gated and with a residual connection; a row without an image stays."""
         attended = self.cross_attn(self.input_layernorm(x), keys, values, sight, key=key)
-        x = x + gated(self.cross_attn_attn_gate, jnp.where(sight.has_image, attended, 0))
+        x = add_attended(x, gated(self.cross_attn_attn_gate, jnp.where(sight.has_image, attended, 0)))
         hidden = self.mlp(self.post_attention_layernorm(x), key=key)
         return x + gated(self.cross_attn_mlp_gate, jnp.where(sight.sees, hidden, 0))
 
@@ -363,7 +372,7 @@ class MllamaForConditionalGeneration(nnx.Module):
         *,
         segment_ids: Int[Array, "batch tokens"] | None = None,
         cache: MllamaCache | None = None,
-        remat: Remat | None = None,
+        remat: TowerRemats = SAVE_ALL,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "batch tokens hidden"], MllamaCache | None]:
         """Final hidden states (`logits` turns them into logits), and the cache where one was given.
@@ -382,7 +391,7 @@ class MllamaForConditionalGeneration(nnx.Module):
                 of a row. Generated tokens see those whose span reaches as far.
             segment_ids: packed rows, which are refused.
             cache: keys and values of earlier tokens; of images, once they were given with some tokens.
-            remat: wraps the body of the layers' scans.
+            remat: wraps the body of each tower's scans over its layers.
             key: for adapter dropout.
 
         Raises:
@@ -397,7 +406,7 @@ class MllamaForConditionalGeneration(nnx.Module):
         features = row_tiles = None
         if pixel_values is not None:
             features = self.model.vision_model(
-                pixel_values, aspect_ratio_ids, num_tiles, remat=remat, key=vision_key
+                pixel_values, aspect_ratio_ids, num_tiles, remat=remat.vision, key=vision_key
             )
             features = self.model.multi_modal_projector(features)
             features = _of_rows(features, image_index)
@@ -409,7 +418,7 @@ class MllamaForConditionalGeneration(nnx.Module):
             image_spans,
             row_tiles,
             cache=cache,
-            remat=remat,
+            remat=remat.language,
             key=text_key,
         )
 
