@@ -117,7 +117,7 @@ def load_float(pointer, offset):
 load_shared_float = load_float
 
 
-load_constant = load_words
+load_constant = load_written = load_words
 
 
 def load_transposed(pointer, offset):

@@ -180,6 +180,18 @@ def load_constant(pointer: Pointer, offset: Word | int, count: int) -> list[Word
     return [Word(value) for value in result]
 
 
+def load_written(pointer: Pointer, offset: Word | int, count: int) -> list[Word]:
+    """Load 1, 2 or 4 aligned words of global memory that another block of threads has written."""
+    kind, registers = _LOADS[count]
+    result = mgpu_utils.inline_ptx(
+        f"ld.global.{kind} {registers}, [${count}];",
+        pointer.at(offset),
+        result_types=[i32()] * count,
+        has_side_effects=True,
+    )
+    return [Word(value) for value in result]
+
+
 def load_transposed(pointer: Pointer, offset: Word) -> list[Word]:
     """Load four 8×8 matrices of 16-bit elements (PTX ``ldmatrix.x4.trans``).
 

@@ -9,6 +9,10 @@ float32, multiplied by the scale in float32 and rounded once, so W is what `dequ
 
 Which row of W stands in which row of the operand does not matter as long as the result is written where it
 belongs: a thread takes neighbours, so that it writes pairs.
+
+Every block of threads gets as many steps along the summed axis as any other (`Schedule`), so a tile may be
+shared: the block that has its first step waits for the sums of the others and adds them, always in the same
+order (https://arxiv.org/abs/2301.03598).
 """
 
 import dataclasses
@@ -35,6 +39,8 @@ ROWS = 128  # rows of the transposed result that a block of threads owns
 _GROUP_ROWS = 64  # of which a warpgroup multiplies
 _TABLE_WORDS = 256 * 32  # 128 bytes for each byte of codes
 _PIECE = 64  # tokens that are written at a time
+_FEWEST_STEPS = 8  # of a block, if there are more blocks than tiles
+_SHARING_STEPS = 6  # as long as it takes to hand a tile's sums over
 _SWIZZLE = (plgpu.SwizzleTransform(128),)
 # The same bytes in the words of ``wgmma``. A copy in these words would have to end at a multiple of 8 tokens.
 _TILED_SWIZZLE = (plgpu.TilingTransform((8, 64)), *_SWIZZLE)
@@ -49,12 +55,101 @@ class Tuning:
         stages: steps whose tiles are in shared memory or on their way.
         cluster: blocks of threads with the same tokens that load them together: 1 or 2.
         exact: look values up in float32 and not in bfloat16. W is then what `dequantize` writes, bit for bit.
+        split: share the last tiles evenly among all blocks.
     """
 
     tokens: int = 256
     stages: int = 4
     cluster: int = 1
     exact: bool = True
+    split: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Which steps of which tiles each block of threads takes, in order.
+
+    First come whole tiles, in turn. The steps of those that are left, one tile after the other, are cut into
+    equal shares, or with `split` off into whole tiles. Its methods take integers of Python or of JAX.
+
+    Attributes:
+        tiles: of the result.
+        steps: along the summed axis of a tile.
+        blocks: of threads.
+        whole: tiles that each block takes whole.
+        split: whether the rest is cut into equal shares.
+    """
+
+    tiles: int
+    steps: int
+    blocks: int
+    whole: int
+    split: bool
+
+    @staticmethod
+    def balanced(tiles: int, steps: int, most_blocks: int, split: bool) -> "Schedule":
+        """The schedule that ends soonest.
+
+        Args:
+            tiles: of the result.
+            steps: of a tile.
+            most_blocks: that run at a time.
+            split: allow shared tiles.
+        """
+        waves, rest = divmod(tiles, most_blocks)
+        # Without sharing, the last wave lasts as long as a whole one.
+        gain = steps * (1 - rest / most_blocks) if rest else 0
+        if not split or gain <= _SHARING_STEPS:
+            return Schedule(tiles, steps, min(tiles, most_blocks), waves, False)
+        blocks = max(1, min(most_blocks, tiles * steps // _FEWEST_STEPS))
+        # At least a tile for each block is left, so that no more than two or three share one.
+        return Schedule(tiles, steps, blocks, max(0, tiles // blocks - 1), True)
+
+    @property
+    def shared(self) -> int:
+        """Steps that are cut into shares."""
+        return (self.tiles - self.whole * self.blocks) * self.steps
+
+    def first(self, block: Any) -> Any:
+        """The first of the shared steps that a block takes; those of the next block follow its own."""
+        if self.split:
+            return block * self.shared // self.blocks
+        return jnp.minimum(block * self.steps, self.shared)
+
+    def count(self, block: Any) -> Any:
+        """How many steps a block takes."""
+        return self.whole * self.steps + self.first(block + 1) - self.first(block)
+
+    def pieces(self, block: Any) -> Any:
+        """Of how many tiles these are."""
+        return self.whole + pl.cdiv(self.first(block + 1), self.steps) - self.first(block) // self.steps
+
+    def position(self, block: Any, number: Any) -> tuple:
+        """A block's step of this number: tile, and step of the tile."""
+        own = self.whole * self.steps
+        is_whole = number < own
+        step = jnp.where(is_whole, number, number - own + self.first(block))
+        tile = step // self.steps
+        return jnp.where(
+            is_whole, tile * self.blocks + block, self.whole * self.blocks + tile
+        ), step % self.steps
+
+    def piece(self, block: Any, number: Any) -> tuple:
+        """A block's tile of this number: the block's first step of it, its end, and whether the tile starts
+        and ends with them."""
+        first, last = self.first(block), self.first(block + 1)
+        start = (first // self.steps + number - self.whole) * self.steps
+        stop = start + self.steps
+        own = self.whole * self.steps - first
+        is_whole = number < self.whole
+        begin = jnp.where(is_whole, number * self.steps, jnp.maximum(start, first) + own)
+        end = jnp.where(is_whole, (number + 1) * self.steps, jnp.minimum(stop, last) + own)
+        return begin, end, is_whole | (start >= first), is_whole | (stop <= last)
+
+    def last_sharing(self, block: Any) -> Any:
+        """The last block that has steps of the tile of which `block` has the first one, and not the last."""
+        stop = ((self.first(block + 1) - 1) // self.steps + 1) * self.steps
+        return (stop * self.blocks - 1) // self.shared
 
 
 def matmul(
@@ -80,29 +175,33 @@ def matmul(
     tuning = tuning or Tuning()
     out_features, in_features = shape
     summed, kept = (out_features, in_features) if transposed else (in_features, out_features)
-    steps = pl.cdiv(summed, BLOCK)
     token_tiles = pl.cdiv(tokens, tuning.tokens)
     row_tiles = pl.cdiv(kept, ROWS * tuning.cluster)
-    stages, width = tuning.stages, tuning.tokens
-    tiles = row_tiles * token_tiles
-    blocks = min(tiles, MULTIPROCESSORS // tuning.cluster)
+    stages, width, cluster = tuning.stages, tuning.tokens, tuning.cluster
+    schedule = Schedule.balanced(
+        row_tiles * token_tiles, pl.cdiv(summed, BLOCK), MULTIPROCESSORS // cluster, tuning.split
+    )
     decode = decode_columns if transposed else decode_rows
     code_transforms = (plgpu.SwizzleTransform(64),) if transposed else ()
-    collective = {"collective_axes": "pair"} if tuning.cluster > 1 else {}
+    collective = {"collective_axes": "pair"} if cluster > 1 else {}
 
-    def body(x, codes, scales, out, x_views, code_tiles, scale_tiles, table, pieces, full, free) -> None:
+    def body(x, codes, scales, out, *rest) -> None:
+        sums, rest = (rest[0], rest[1:]) if schedule.split else (None, rest)
+        x_views, code_tiles, scale_tiles, table, pieces, full, free = rest
         x_tiles, x_operands = x_views
         group = lax.axis_index("warpgroup")
-        first_tile = lax.axis_index("block")
-        my_tiles = (tiles - first_tile + blocks - 1) // blocks
+        rank = lax.axis_index("pair") if cluster > 1 else 0
+        # Blocks start in the order of their numbers: none waits for one that starts later.
+        block = schedule.blocks - 1 - lax.axis_index("block")
+        count = schedule.count(block)
+        if schedule.split:
+            ready = pl.get_global(plgpu.SemaphoreType.REGULAR((schedule.blocks * cluster * 2,)))
 
         def place(number: Any) -> tuple:
-            """First row and first token of a block's `number`-th tile."""
-            tile = first_tile + number * blocks
-            row_tile = tile // token_tiles
-            if tuning.cluster > 1:
-                row_tile = row_tile * tuning.cluster + lax.axis_index("pair")
-            return row_tile * ROWS, (tile % token_tiles) * width
+            """First row and first token of the tile of a block's step, and the step of the tile."""
+            tile, step = schedule.position(block, number)
+            row_tile = tile // token_tiles * cluster + rank
+            return row_tile * ROWS, tile % token_tiles * width, step
 
         @pl.when(group == 2)
         def load() -> None:
@@ -114,8 +213,7 @@ def matmul(
                     plgpu.barrier_wait(free.at[lax.rem(step, stages)])
 
             def one(step: Any, _: None) -> None:
-                row, token = place(step // steps)
-                at = step % steps
+                row, token, at = place(step)
                 slot = lax.rem(step, stages)
 
                 wait_for_slot(step, None)
@@ -134,10 +232,10 @@ def matmul(
                     **collective,
                 )
 
-            lax.fori_loop(0, my_tiles * steps, one, None)
-            if tuning.cluster > 1:
+            lax.fori_loop(0, count, one, None)
+            if cluster > 1:
                 # The other block says that it has read a tile: stay until it has said so of the last ones.
-                lax.fori_loop(my_tiles * steps, my_tiles * steps + stages, wait_for_slot, None)
+                lax.fori_loop(count, count + stages, wait_for_slot, None)
 
         @pl.when(group < 2)
         def multiply() -> None:
@@ -170,9 +268,8 @@ def matmul(
                 # Not before: the registers of a product under way must not change.
                 return lax.optimization_barrier(values).astype(jnp.bfloat16)
 
-            def one_tile(number: Any, _: None) -> None:
-                row, token = place(number)
-                start = number * steps
+            def product(start: Any, end: Any) -> jax.Array:
+                """The sum over a block's steps from `start` up to `end`."""
 
                 def products(acc: Any) -> jax.Array:
                     def start_product(step: Any, w: jax.Array) -> Any:
@@ -187,13 +284,41 @@ def matmul(
                         plgpu.barrier_arrive(free.at[slot])
                         return rounded(following)
 
-                    w = lax.fori_loop(start, start + steps - 1, one, rounded(decoded(start)))
-                    slot = start_product(start + steps - 1, w)
+                    w = lax.fori_loop(start, end - 1, one, rounded(decoded(start)))
+                    slot = start_product(end - 1, w)
                     plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(free.at[slot])
                     return acc[...]
 
-                result = pl.run_scoped(products, plgpu.ACC((_GROUP_ROWS, width), jnp.float32))
+                return pl.run_scoped(products, plgpu.ACC((_GROUP_ROWS, width), jnp.float32))
+
+            def share(of: Any) -> Any:
+                """Where the sums of a block are handed over."""
+                return (of * cluster + rank) * 2 + group
+
+            def hand_over(result: jax.Array) -> None:
+                @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
+                def store(_, ref: Any, result: fragments.FragmentedArray) -> None:
+                    store_sums(simt, simt.Pointer(ref, simt.GLOBAL), _pairs(result))
+
+                store(sums.at[share(block)], result)
+                plgpu.semaphore_signal(ready.at[share(block)], memory_scope="gpu")
+
+            def with_share(of: Any, result: jax.Array) -> jax.Array:
+                plgpu.semaphore_wait(ready.at[share(of)], memory_scope="gpu")
+
+                @plgpu.inline_mgpu(
+                    arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA),
+                    return_type=plgpu.ShapeDtypeStruct(
+                        (_GROUP_ROWS, width), jnp.float32, layout=plgpu.Layout.WGMMA
+                    ),
+                )
+                def add(_, ref: Any, result: fragments.FragmentedArray) -> fragments.FragmentedArray:
+                    return _in_wgmma_layout(add_sums(simt, simt.Pointer(ref, simt.GLOBAL), _pairs(result)))
+
+                return add(sums.at[share(of)], result)
+
+            def write_tile(row: Any, token: Any, result: jax.Array) -> None:
                 for index in range(width // _PIECE):
                     piece = pieces.at[group, index % 2]
                     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
@@ -213,19 +338,40 @@ def matmul(
                         ],
                     )
 
-            lax.fori_loop(0, my_tiles, one_tile, None)
+            def one_tile(number: Any, _: None) -> None:
+                start, end, starts, ends = schedule.piece(block, number)
+                row, token, _ = place(start)
+                result = product(start, end)
+                if not schedule.split:
+                    return write_tile(row, token, result)
+
+                @pl.when(jnp.logical_not(starts))
+                def part() -> None:
+                    hand_over(result)
+
+                @pl.when(starts)
+                def whole() -> None:
+                    last = jnp.where(ends, block, schedule.last_sharing(block))
+                    write_tile(row, token, lax.fori_loop(block + 1, last + 1, with_share, result))
+
+            lax.fori_loop(0, schedule.pieces(block), one_tile, None)
             plgpu.wait_smem_to_gmem(0)
 
     code_tile = (BLOCK, ROWS // 2) if transposed else (ROWS, BLOCK // 2)
     scale_tile = (ROWS // BLOCK, BLOCK) if transposed else (1, ROWS)
-    if tuning.cluster > 1:
+    if cluster > 1:
         free = plgpu.ClusterBarrier(collective_axes=("pair",), num_barriers=stages, num_arrivals=2)
     else:
         free = plgpu.Barrier(num_barriers=stages, num_arrivals=2)
+    out_type = [jax.ShapeDtypeStruct((tokens, kept), jnp.bfloat16)]
+    if schedule.split:
+        out_type.append(
+            jax.ShapeDtypeStruct((schedule.blocks * cluster * 2, _GROUP_ROWS * width), jnp.float32)
+        )
     run = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((tokens, kept), jnp.bfloat16),
-        grid=(blocks,),
+        out_type=out_type,
+        grid=(schedule.blocks,),
         grid_names=("block",),
         num_threads=3,
         thread_name="warpgroup",
@@ -243,11 +389,11 @@ def matmul(
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         kernel_name="nf4_matmul_transposed" if transposed else "nf4_matmul",
-        **({"cluster": (tuning.cluster,), "cluster_names": ("pair",)} if tuning.cluster > 1 else {}),
+        **({"cluster": (cluster,), "cluster_names": ("pair",)} if cluster > 1 else {}),
     )
 
     def call(x: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Array:
-        return run(x, codes.reshape(out_features, in_features // 2), scales)
+        return run(x, codes.reshape(out_features, in_features // 2), scales)[0]
 
     return call
 
@@ -367,10 +513,29 @@ def write_piece(t: ModuleType, piece: Any, values: list[list], transposed: bool)
             t.store_words(piece, start + 1024 * j, [t.pack_bfloat16(values[2 * j][i], values[2 * j + 1][i])])
 
 
+def store_sums(t: ModuleType, sums: Any, values: list[list]) -> None:
+    """Write a warpgroup's sums, pairs of float32, 16 bytes a thread at a time."""
+    thread = t.thread() & 127
+    for i in range(0, len(values), 2):
+        words = [t.as_word(value) for pair in values[i : i + 2] for value in pair]
+        t.store_words(sums, (thread << 4) + 1024 * i, words)
+
+
+def add_sums(t: ModuleType, sums: Any, values: list[list]) -> list[list]:
+    """`values` and what `store_sums` wrote, added."""
+    thread = t.thread() & 127
+    result = []
+    for i in range(0, len(values), 2):
+        words = [t.as_float(word) for word in t.load_written(sums, (thread << 4) + 1024 * i, 4)]
+        for pair, others in zip(values[i : i + 2], (words[:2], words[2:]), strict=True):
+            result.append([t.add(value, other) for value, other in zip(pair, others, strict=True)])
+    return result
+
+
 def _in_wgmma_layout(pairs: list[list[ir.Value]]) -> fragments.FragmentedArray:
-    """What a thread decoded, as an array [64, 64]."""
+    """What a thread holds, as a float32 array of 64 rows."""
     type_ = ir.VectorType.get((2,), simt.f32())
-    registers = np.empty((1, BLOCK // 8, 1, 1, 2, 1, 1, 1, 1), dtype=object)
+    registers = np.empty((1, len(pairs) // 2, 1, 1, 2, 1, 1, 1, 1), dtype=object)
     registers.flat = [vector.from_elements(type_, pair) for pair in pairs]
     return fragments.FragmentedArray(_registers=registers, _layout=fragments.WGMMA_LAYOUT, _is_signed=None)
 
