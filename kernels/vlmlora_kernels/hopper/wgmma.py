@@ -262,32 +262,39 @@ def matmul(
                     pointers = [simt.Pointer(ref, simt.SHARED) for ref in refs]
                     return _in_wgmma_layout(decode(simt, *pointers, tuning.exact))
 
-                return operand(code_tiles.at[slot], scale_tiles.at[slot], table)
+                values = operand(code_tiles.at[slot], scale_tiles.at[slot], table)
+                return values.astype(jnp.bfloat16)
 
-            def rounded(values: jax.Array) -> jax.Array:
-                # Not before: the registers of a product under way must not change.
-                return lax.optimization_barrier(values).astype(jnp.bfloat16)
+            def release(step: Any) -> None:
+                """Say that a step's tiles have been read."""
+                plgpu.barrier_arrive(free.at[lax.rem(step, stages)])
 
             def product(start: Any, end: Any) -> jax.Array:
                 """The sum over a block's steps from `start` up to `end`."""
 
                 def products(acc: Any) -> jax.Array:
-                    def start_product(step: Any, w: jax.Array) -> Any:
-                        slot = lax.rem(step, stages)
-                        plgpu.wgmma(acc, w, x_operands.at[slot].T)
-                        return slot
+                    def start_step(step: Any) -> None:
+                        w = decoded(step)
+                        plgpu.wgmma(acc, w, x_operands.at[lax.rem(step, stages)].T)
 
-                    def one(step: Any, w: jax.Array) -> jax.Array:
-                        slot = start_product(step, w)
-                        following = decoded(step + 1)
-                        plgpu.wgmma_wait(0)
-                        plgpu.barrier_arrive(free.at[slot])
-                        return rounded(following)
+                    def one(step: Any, pending: int) -> None:
+                        """Start a step, and let go of the tiles of the one before when its product ends."""
+                        start_step(step)
+                        plgpu.wgmma_wait(pending)
+                        release(step - 1)
 
-                    w = lax.fori_loop(start, end - 1, one, rounded(decoded(start)))
-                    slot = start_product(end - 1, w)
+                    def two(step: Any) -> None:
+                        # In turn, as the registers of a product under way must not change.
+                        one(step, 1)
+                        one(step + 1, 1)
+
+                    start_step(start)
+                    pairs = (end - start - 1) // 2
+                    rest = end - 2 * pairs
+                    lax.fori_loop(start + 1, rest, lambda step, _: one(step, 0), None)
+                    lax.fori_loop(0, pairs, lambda pair, _: two(rest + 2 * pair), None)
                     plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(free.at[slot])
+                    release(end - 1)
                     return acc[...]
 
                 return pl.run_scoped(products, plgpu.ACC((_GROUP_ROWS, width), jnp.float32))
