@@ -1,8 +1,12 @@
-"""The fused product for many tokens: its decoding and its writing thread by thread on the CPU, its lowering."""
+"""The fused product for many tokens: what its threads do, one by one on the CPU, and who does which steps."""
+
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.kernels import emulator
 from vlmlora_kernels import CODE_BOOKS
@@ -12,12 +16,12 @@ THREADS = 256
 
 
 def shared(array):
-    return emulator.Pointer(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return emulator.Pointer(np.ascontiguousarray(array).reshape(1, -1).view(np.uint8))
 
 
 @pytest.fixture
 def threads():
-    emulator._state.update(threads=THREADS, block=0, masks=[np.ones(THREADS, bool)])
+    emulator._state.update(threads=THREADS, block_threads=THREADS, block=0, masks=[np.ones(THREADS, bool)])
     with np.errstate(over="ignore"):
         yield
 
@@ -72,10 +76,9 @@ def test_threads_decode_every_element_of_a_tile(threads, transposed, quant_type,
     if not exact:
         book = book.astype(ml_dtypes.bfloat16).astype(np.float32)
     nibbles = np.stack([codes >> 4, codes & 15], axis=-1).reshape(len(codes), -1)
-    if transposed:
-        expected = (book[nibbles] * np.repeat(scales.T, 64, axis=1)).T
-    else:
-        expected = book[nibbles] * scales.T
+    factors = np.repeat(scales, 64, axis=0).T if transposed else scales.T
+    expected = book[nibbles] * factors
+    expected = expected.T if transposed else expected
     np.testing.assert_array_equal(operand(pairs), expected[rows_of_operand(transposed)])
 
 
@@ -103,3 +106,48 @@ def test_threads_write_every_element_of_the_result_where_it_belongs(threads, tra
         np.testing.assert_array_equal(
             pieces[half].view(np.uint16), swizzled(np.ascontiguousarray(expected), 128).view(np.uint16)
         )
+
+
+def test_sums_that_are_handed_over_are_added_where_they_belong(threads):
+    rng = np.random.default_rng(2)
+    mine, theirs = (rng.standard_normal((32, 2, THREADS)).astype(np.float32) for _ in range(2))
+    memory = shared(np.full(128 * 64, np.nan, np.float32))
+    emulator._state["masks"] = [np.arange(THREADS) < 128]  # one warpgroup
+    wgmma.store_sums(emulator, memory, [list(pair) for pair in theirs])
+    total = np.array(wgmma.add_sums(emulator, memory, [list(pair) for pair in mine]))
+    np.testing.assert_array_equal(total[..., :128], (mine + theirs)[..., :128])
+
+
+@given(
+    tiles=st.integers(1, 700),
+    steps=st.integers(1, 300),
+    most_blocks=st.integers(1, 132),
+    split=st.booleans(),
+)
+@settings(deadline=None)
+def test_every_step_is_taken_once_and_every_sum_is_waited_for(tiles, steps, most_blocks, split):
+    schedule = wgmma.Schedule.balanced(tiles, steps, most_blocks, split)
+    blocks = range(schedule.blocks)
+    taken = np.zeros((tiles, steps), int)
+    handed, awaited = [], []
+    with mock.patch.object(wgmma, "jnp", np):  # which compiles nothing
+        counts = [schedule.count(block) for block in blocks]
+        for block, count in zip(blocks, counts, strict=True):
+            tile, step = schedule.position(block, np.arange(count))
+            np.add.at(taken, (tile, step), 1)
+            pieces = schedule.piece(block, np.arange(schedule.pieces(block)))
+            begin, end, starts, ends = pieces
+            # The pieces are the runs of steps of the same tile.
+            np.testing.assert_array_equal(begin, np.flatnonzero(np.diff(tile, prepend=-1)))
+            np.testing.assert_array_equal(end, [*begin[1:], count][: len(begin)])
+            np.testing.assert_array_equal(starts, step[begin] == 0)
+            np.testing.assert_array_equal(ends, step[end - 1] == steps - 1)
+            handed += [block] * int((~starts).sum())
+            if (starts & ~ends).any():
+                assert np.flatnonzero(starts & ~ends).tolist() == [len(begin) - 1]
+                awaited += range(block + 1, schedule.last_sharing(block) + 1)
+    assert (taken == 1).all()
+    assert handed == awaited == sorted(set(awaited)), "each hands over one sum, which one block awaits"
+    assert schedule.split or not handed
+    if schedule.split:
+        assert np.ptp(counts) <= 1
