@@ -2,6 +2,8 @@
 
 from unittest import mock
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -9,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels import emulator
-from vlmlora_kernels import CODE_BOOKS
+from vlmlora_kernels import CODE_BOOKS, DYNAMIC_CODE, NestedAbsmax, double_dequantize
 from vlmlora_kernels.hopper import wgmma
+from vlmlora_kernels.hopper.scales import scales_by_column
 
 THREADS = 256
 
@@ -151,3 +154,22 @@ def test_every_step_is_taken_once_and_every_sum_is_waited_for(tiles, steps, most
     assert schedule.split or not handed
     if schedule.split:
         assert np.ptp(counts) <= 1
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("shape", [(200, 64 * 12), (77, 64 * 17), (16, 64)])
+def test_scales_are_decoded_and_transposed(shape, nested):
+    rng = np.random.default_rng(3)
+    blocks = shape[0] * shape[1] // 64
+    absmax = rng.uniform(0.01, 1, blocks).astype(np.float32)
+    if nested:
+        absmax = NestedAbsmax(
+            rng.integers(0, 256, blocks, np.uint8),
+            rng.uniform(0.001, 0.01, -(-blocks // 256)).astype(np.float32),
+            DYNAMIC_CODE,
+            np.full((), 0.03, np.float32),
+        )
+    arrays = absmax if nested else (absmax,)
+    scales = emulator.run(scales_by_column(shape, nested=nested), *arrays)
+    expected = np.asarray(double_dequantize(jax.tree.map(jnp.asarray, absmax))) if nested else absmax
+    np.testing.assert_array_equal(scales, expected.reshape(shape[0], -1).T)

@@ -32,7 +32,7 @@ from jaxlib.mlir.dialects import vector
 from jaxtyping import Array, BFloat16, Float, UInt8
 
 from vlmlora_kernels.hopper import simt
-from vlmlora_kernels.hopper.tuning import MULTIPROCESSORS
+from vlmlora_kernels.hopper.launch import MULTIPROCESSORS, varying_like
 
 BLOCK = 64  # elements that share a scale, and the step along the summed axis
 ROWS = 128  # rows of the transposed result that a block of threads owns
@@ -163,7 +163,7 @@ def matmul(
     """The kernel of ``x @ W.T``, or of ``dy @ W`` if `transposed`, in bfloat16.
 
     Called with `x` [tokens, in] or `dy` [tokens, out], the codes, uint8 [out * in / 2], and the float32
-    scales of `scales_by_column`, [in / 64, out].
+    scales of `hopper.scales.scales_by_column`, [in / 64, out].
 
     Args:
         book: the 16 values.
@@ -400,16 +400,10 @@ def matmul(
     )
 
     def call(x: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Array:
-        return run(x, codes.reshape(out_features, in_features // 2), scales)[0]
+        inputs = (x, codes.reshape(out_features, in_features // 2), scales)
+        return varying_like(run(*inputs)[0], inputs)
 
     return call
-
-
-def scales_by_column(
-    scales: Float[Array, " blocks"], shape: tuple[int, int]
-) -> Float[Array, "in_blocks out"]:
-    """The scales of a W of `shape` [out, in] as the kernel reads them."""
-    return scales.reshape(shape[0], shape[1] // BLOCK).T
 
 
 def fill_table(t: ModuleType, book: np.ndarray, table: Any, threads: int, exact: bool) -> None:
