@@ -57,7 +57,7 @@ VISION = {
 
 TOKENS = (1, 4, 16, 64, 512, 2048, 8192)
 SWEPT = [(18944, 3584), (3584, 18944), (3584, 3584)]
-MANY_SWEPT = [64, 128, 256, 512, 1024, 2048, 4096, 8192]
+MANY_SWEPT = [128, 256, 512, 1024, 2048, 4096, 8192]
 BACKWARD_FROM = 512  # tokens; fewer are generation, which has no backward pass
 _EVICTED_BYTES = 2**28  # five times the L2 cache of an H100 or H200
 _CEILING_BYTES = 2**31
@@ -485,8 +485,6 @@ def many_candidates(tokens: int) -> list[tuning.ManyTokens]:
     tried = [row(width=256, stages=4), row(width=256, stages=4, exact=False)]
     if tokens <= 512:
         tried += [row(width=128, stages=6, exact=exact) for exact in (True, False)]
-    if tokens <= 64:
-        tried = [row(width=64, stages=8, exact=exact) for exact in (True, False)]
     if tokens >= 512:
         tried += [row(width=256, stages=4, cluster=2), row(width=256, stages=4, split=False)]
     now = [known for known in tuning.MANY_TOKENS if known.tokens == tokens]

@@ -77,7 +77,7 @@ def explain(
     obstacle = _obstacle_on_device()
     if obstacle:
         return Choice(XLA, obstacle)
-    if not obstacles[FUSED] and tokens <= most_fused_tokens(kind, backward):
+    if not obstacles[FUSED] and tokens <= most_fused_tokens(kind):
         return Choice(FUSED, f"{tokens} tokens, where reading W is a good part of the work")
     if not obstacles[DECODE]:
         what = "a decoding" if tokens is None else f"{tokens} tokens, where the product is the work"
@@ -99,12 +99,13 @@ def _obstacle_to_fused(tokens, shape, kind, dtype, blocksize, backward) -> str |
             f"the kernel takes {4 * _BLOCKSIZE} inputs or more, in multiples of {_BLOCKSIZE}; "
             f"W has {shape[1]}"
         )
-    if backward or tokens > FUSED_TOKENS:
+    if backward and tokens <= FUSED_TOKENS:
+        return f"the kernel for a gradient takes more than {FUSED_TOKENS} tokens, and this has {tokens}"
+    if tokens > FUSED_TOKENS:
         if kind == "int8":
-            what = "no backward pass" if backward else f"{FUSED_TOKENS} tokens at most, and this has {tokens}"
-            return f"the kernel takes {what}"
+            return f"the int8 kernel takes {FUSED_TOKENS} tokens at most, and this has {tokens}"
         if shape[0] % 8:
-            return f"the kernel takes a multiple of 8 outputs, and W has {shape[0]}"
+            return f"the kernel for many tokens takes a multiple of 8 outputs, and W has {shape[0]}"
     return _obstacle_of_size(shape, 2**32 if kind == "int8" else 2**33)
 
 

@@ -85,14 +85,13 @@ MANY_TOKENS = (
     ManyTokens(tokens=128, width=128, stages=6),
     ManyTokens(tokens=512, width=256, stages=4),
 )
-"""For ascending numbers of tokens, as far as the product is faster than decoding and then multiplying."""
+"""For ascending numbers of tokens beyond `FUSED_TOKENS`, as far as the product is faster than decoding and
+then multiplying."""
 
 
-def most_fused_tokens(kind: str, backward: bool) -> int:
-    """Up to how many tokens a fused product is the fastest."""
-    if kind == "int8":
-        return 0 if backward else FUSED_TOKENS
-    return max(MANY_TOKENS[-1].tokens, 0 if backward else FUSED_TOKENS)
+def most_fused_tokens(kind: str) -> int:
+    """Up to how many tokens a fused product is the fastest, forward and backward."""
+    return FUSED_TOKENS if kind == "int8" else max(FUSED_TOKENS, *(row.tokens for row in MANY_TOKENS))
 
 
 def many_tokens_row(tokens: int) -> ManyTokens:
