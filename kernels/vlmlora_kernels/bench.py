@@ -1,8 +1,8 @@
 """Time the kernels beside cuBLAS and bitsandbytes: ``python -m vlmlora_kernels.bench``.
 
 Prints a table and writes it, one JSON row a line, with device, versions and command. ``--quick`` takes the
-language linears of the 7B model alone; ``--sweep`` times other tiles of the fused products of few tokens and
-prints the table that `vlmlora_kernels.hopper.tuning` should hold.
+language linears of the 7B model alone; ``--sweep`` times other tiles of the fused products of few tokens,
+``--sweep-many`` those of many, and each prints the table that `vlmlora_kernels.hopper.tuning` should hold.
 
 Times are those of the GPU's own clock around each kernel (CUPTI), the median of several runs. Before each
 product a kernel reads more than the L2 cache holds, so that weights come from memory as in a model. The
@@ -39,6 +39,7 @@ from vlmlora_kernels import CODE_BOOKS, DYNAMIC_CODE, NestedAbsmax, dequantize_4
 from vlmlora_kernels.dispatch import explain
 from vlmlora_kernels.hopper import matvec, tuning
 from vlmlora_kernels.hopper.launch import Kernel
+from vlmlora_kernels.lowering import many_tokens
 
 LANGUAGE = {
     "Qwen2.5-VL-7B": [(18944, 3584), (3584, 18944), (3584, 3584), (512, 3584)],
@@ -56,6 +57,7 @@ VISION = {
 
 TOKENS = (1, 4, 16, 64, 512, 2048, 8192)
 SWEPT = [(18944, 3584), (3584, 18944), (3584, 3584)]
+MANY_SWEPT = [128, 256, 512, 1024, 2048, 4096, 8192]
 BACKWARD_FROM = 512  # tokens; fewer are generation, which has no backward pass
 _EVICTED_BYTES = 2**28  # five times the L2 cache of an H100 or H200
 _CEILING_BYTES = 2**31
@@ -481,6 +483,80 @@ def sweep(shapes: list[Shape], options: dict) -> tuple[list[Row], str]:
     return rows, "\n".join([*lines, "}"])
 
 
+def many_candidates(tokens: int) -> list[tuning.ManyTokens]:
+    """The same for the kernel of many tokens."""
+    row = functools.partial(tuning.ManyTokens, tokens)
+    tried = [row(width=256, stages=4), row(width=256, stages=4, exact=False)]
+    if tokens <= 512:
+        tried += [row(width=128, stages=6, exact=exact) for exact in (True, False)]
+    if tokens >= 512:
+        tried += [row(width=256, stages=4, cluster=2), row(width=256, stages=4, split=False)]
+    now = [known for known in tuning.MANY_TOKENS if known.tokens == tokens]
+    return list(dict.fromkeys([*tried, *now]))
+
+
+def sweep_many(shapes: list[Shape], counts: list[int], options: dict) -> tuple[list[Row], str]:
+    """Times of the fused product of many tokens with several tiles, both ways, beside cuBLAS alone and after
+    decoding, each checked against that; and the table of the best, as far as they beat decoding."""
+    book = CODE_BOOKS["nf4"]
+
+    def dense(w: jax.Array, transposed: bool) -> jax.Array:
+        return w if transposed else w.T
+
+    def job(shape: Shape, count: int, transposed: bool) -> Callable:
+        def decoded(x: jax.Array, codes: jax.Array, scales: NestedAbsmax, w: jax.Array) -> jax.Array:
+            w = dequantize_4bit(codes, scales, shape=shape, dtype=jnp.bfloat16, implementation="decode")
+            return x @ dense(w, transposed)
+
+        def fused(row: tuning.ManyTokens) -> Callable:
+            product = many_tokens(book, shape, transposed=transposed, row=row)
+            return lambda x, codes, scales, w: product(x, codes, *scales)
+
+        functions = [lambda x, codes, scales, w: x @ dense(w, transposed), decoded]
+        functions += [fused(row) for row in many_candidates(count)]
+        return lambda: compile_in_turn(functions, operands(shape, count, transposed), options)
+
+    def operands(shape: Shape, count: int, transposed: bool) -> list:
+        found = random_operands(shape, count)
+        return [found[name] for name in ("dy" if transposed else "x", "codes", "scales", "dense")]
+
+    keys = [
+        (shape, count, transposed) for count in counts for shape in shapes for transposed in (False, True)
+    ]
+    programs = compile_all((key, job(*key)) for key in keys)
+    buffer = jnp.zeros((_EVICTED_BYTES // 4,), jnp.int32)
+    rows: list[Row] = []
+    against_decode: dict[int, dict[tuning.ManyTokens, list[float]]] = {count: {} for count in counts}
+    for (shape, count, transposed), program in programs.items():
+        name = {"shape": list(shape), "tokens": count, "what": "dy @ W" if transposed else "x @ W.T"}
+        if isinstance(program, Exception):
+            print("failed:", name, program, flush=True)
+            continue
+        arrays = jax.tree.map(jnp.asarray, operands(shape, count, transposed))
+        results = [result.astype(jnp.float32) for _, result in program(buffer, arrays)]
+        tried = many_candidates(count)
+        cublas, decode, *fused = times_us(program, buffer, arrays, len(results), 3)
+        rows.append(name | {"who": "bf16", "us": round(cublas, 2)})
+        rows.append(name | {"who": "decode", "us": round(decode, 2)})
+        print(*name.values(), f"bf16 {cublas:.1f}, decode {decode:.1f} ({cublas / decode:.3f})", flush=True)
+        for row, us, result in zip(tried, fused, results[2:], strict=True):
+            error = float(jnp.max(jnp.abs(result - results[1])) / jnp.max(jnp.abs(results[1])))
+            is_right = error < 2**-6
+            rows.append(name | {"who": "fused", "tuning": dataclasses.asdict(row), "us": round(us, 2)})
+            rows[-1] |= {"error": error}
+            print(f"    {us:.1f} ({cublas / us:.3f}), error {error:.1e}{'' if is_right else ' WRONG'}", row)
+            if is_right:
+                against_decode[count].setdefault(row, []).append(us / decode)
+    lines = ["MANY_TOKENS = ("]
+    for found in against_decode.values():
+        complete = {row: sum(ratios) for row, ratios in found.items() if len(ratios) == 2 * len(shapes)}
+        best = min(complete, key=complete.__getitem__, default=None)
+        if best is None or complete[best] >= 2 * len(shapes):
+            break
+        lines.append(f"    {best},")
+    return rows, "\n".join([*lines, ")"])
+
+
 def table(rows: list[Row]) -> str:
     """What was measured, a line for each weight, operation and number of tokens, in microseconds."""
     titles = ("nf4", "of roofline", "against bf16", "int8", "of roofline", "bf16", "torch", "bnb", "xla")
@@ -526,11 +602,12 @@ def main() -> None:
     """Measure what the arguments ask for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=LANGUAGE, action="append", help="all if absent")
-    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--tokens", type=int, nargs="+")
     parser.add_argument("--quick", action="store_true", help="the language linears of the 7B model alone")
     parser.add_argument(
         "--sweep", action="store_true", help="other tiles of the fused products of few tokens"
     )
+    parser.add_argument("--sweep-many", action="store_true", help="the same of many tokens")
     parser.add_argument("--autotune", action="store_true", help="let XLA time cuBLAS' algorithms first")
     parser.add_argument("--out", type=Path, default=Path("kernels_bench.json"))
     given = parser.parse_args()
@@ -544,7 +621,9 @@ def main() -> None:
     shapes = [shape for model in models for shape in LANGUAGE[model]]
     if not given.quick:
         shapes += [shape for model in models for shape in VISION[model]]
-    shapes = SWEPT if given.sweep else list(dict.fromkeys(shapes))
+    shapes = list(dict.fromkeys(shapes))
+    if given.sweep or given.sweep_many:
+        shapes = SWEPT[:2] if given.quick else SWEPT
     result = {
         "device": jax.devices()[0].device_kind,
         "versions": {name: version(name) for name in ("jax", "jaxlib")},
@@ -556,9 +635,12 @@ def main() -> None:
         "rows": [],
     }
     print(result["device"], result["ceilings"], explain(1, shapes[0]), flush=True)
-    tokens = tuple(given.tokens)
-    if given.sweep:
-        result["rows"], chosen = sweep(shapes, options)
+    tokens = tuple(given.tokens or TOKENS)
+    if given.sweep or given.sweep_many:
+        if given.sweep:
+            result["rows"], chosen = sweep(shapes, options)
+        else:
+            result["rows"], chosen = sweep_many(shapes, given.tokens or MANY_SWEPT, options)
         save(given.out, result)
         print(f"\n{chosen}")
     else:

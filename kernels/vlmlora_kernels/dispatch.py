@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from vlmlora_kernels.hopper.tuning import FUSED_TOKENS
+from vlmlora_kernels.hopper.tuning import FUSED_TOKENS, most_fused_tokens
 
 FUSED, DECODE, XLA = "fused", "decode", "xla"
 IMPLEMENTATIONS = (FUSED, DECODE, XLA)
@@ -38,6 +38,7 @@ def explain(
     kind: str = "nf4",
     dtype: DTypeLike = jnp.bfloat16,
     blocksize: int = _BLOCKSIZE,
+    backward: bool = False,
     implementation: str | None = None,
 ) -> Choice:
     """What a product of `tokens` rows, or with None a decoding, would run on the default device.
@@ -48,7 +49,8 @@ def explain(
         kind: ``"nf4"``, ``"fp4"`` or ``"int8"``.
         dtype: of `x`, or of the decoded matrix.
         blocksize: elements of a 4-bit weight that share a scale.
-        implementation: one to insist on.
+        backward: the product is ``dy @ W``, for the gradient, and not ``x @ W.T``.
+        implementation: one to insist on; if ``"fused"`` cannot run a backward product, that is free again.
 
     Raises:
         ValueError: an unknown `implementation`, or one that cannot run this; the message says why.
@@ -59,10 +61,12 @@ def explain(
             "(or None to choose)"
         )
     obstacles = {
-        FUSED: _obstacle_to_fused(tokens, shape, kind, jnp.dtype(dtype), blocksize),
+        FUSED: _obstacle_to_fused(tokens, shape, kind, jnp.dtype(dtype), blocksize, backward),
         DECODE: _obstacle_to_decode(shape, kind, jnp.dtype(dtype), blocksize),
         XLA: None,
     }
+    if backward and implementation == FUSED and obstacles[FUSED]:
+        implementation = None
     if implementation is not None:
         if obstacles[implementation]:
             raise ValueError(
@@ -73,21 +77,19 @@ def explain(
     obstacle = _obstacle_on_device()
     if obstacle:
         return Choice(XLA, obstacle)
-    if not obstacles[FUSED] and tokens is not None and tokens <= FUSED_TOKENS:
-        return Choice(FUSED, f"{tokens} tokens, where reading W is the work")
+    if not obstacles[FUSED] and tokens <= most_fused_tokens(kind):
+        return Choice(FUSED, f"{tokens} tokens, where reading W is a good part of the work")
     if not obstacles[DECODE]:
         what = "a decoding" if tokens is None else f"{tokens} tokens, where the product is the work"
         return Choice(DECODE, what)
     return Choice(XLA, f"no kernel takes it: {obstacles[DECODE]}")
 
 
-def _obstacle_to_fused(tokens, shape, kind, dtype, blocksize) -> str | None:
+def _obstacle_to_fused(tokens, shape, kind, dtype, blocksize, backward) -> str | None:
     if tokens is None:
         return "it is no product"
     if tokens == 0 or math.prod(shape) == 0:
         return "it is empty"
-    if tokens > FUSED_TOKENS:
-        return f"the kernel takes {FUSED_TOKENS} tokens at most, and this has {tokens}"
     if dtype != jnp.bfloat16:
         return f"the kernel takes bfloat16, and x is {dtype}"
     if kind != "int8" and blocksize != _BLOCKSIZE:
@@ -97,6 +99,13 @@ def _obstacle_to_fused(tokens, shape, kind, dtype, blocksize) -> str | None:
             f"the kernel takes {4 * _BLOCKSIZE} inputs or more, in multiples of {_BLOCKSIZE}; "
             f"W has {shape[1]}"
         )
+    if backward and tokens <= FUSED_TOKENS:
+        return f"the kernel for a gradient takes more than {FUSED_TOKENS} tokens, and this has {tokens}"
+    if tokens > FUSED_TOKENS:
+        if kind == "int8":
+            return f"the int8 kernel takes {FUSED_TOKENS} tokens at most, and this has {tokens}"
+        if shape[0] % 8:
+            return f"the kernel for many tokens takes a multiple of 8 outputs, and W has {shape[0]}"
     return _obstacle_of_size(shape, 2**32 if kind == "int8" else 2**33)
 
 

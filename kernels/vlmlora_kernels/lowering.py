@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from vlmlora_kernels.hopper import matvec
-from vlmlora_kernels.hopper.tuning import FUSED_TOKENS, matvec_tuning
+from vlmlora_kernels.hopper import matvec, wgmma
+from vlmlora_kernels.hopper.scales import scales_by_column
+from vlmlora_kernels.hopper.tuning import FUSED_TOKENS, ManyTokens, many_tokens_row, matvec_tuning
 
 
 def on_cuda(kernel: Callable, elsewhere: Callable, *arrays: jax.Array) -> jax.Array:
@@ -39,10 +42,41 @@ def few_tokens(decoder: matvec.FourBit | matvec.EightBit, shape: tuple[int, int]
         y = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs)
         return y.reshape(*x.shape[:-1], shape[0])
 
+    return _joining_batch(product, 4 * FUSED_TOKENS)
+
+
+def many_tokens(
+    book: np.ndarray, shape: tuple[int, int], *, transposed: bool, row: ManyTokens | None = None
+) -> Callable:
+    """The fused product of many tokens; called as that of few.
+
+    Args:
+        book: the 16 values.
+        shape: (out, in).
+        transposed: multiply by W, for a gradient, and not by its transpose.
+        row: of the table of tiles; None for the one that the number of tokens gets.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def product(x: jax.Array, codes: jax.Array, *scales: jax.Array) -> jax.Array:
+        flat = x.reshape(-1, x.shape[-1])
+        tuning = (row or many_tokens_row(len(flat))).tuning()
+        kernel = wgmma.matmul(book, tokens=len(flat), shape=shape, transposed=transposed, tuning=tuning)
+        by_column = scales_by_column(shape, nested=len(scales) > 1)
+        y = kernel(flat, codes, by_column(*scales))
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    return _joining_batch(product, None)
+
+
+def _joining_batch(product: Any, most: int | None) -> Callable:
+    """`product` with a rule for `jax.vmap`: over `x` alone the batch joins its tokens, up to `most`; else it
+    runs once for each."""
+
     @product.def_vmap
     def batched(axis_size: int, in_batched: list, x: jax.Array, *weight: jax.Array):
         is_weight_batched = any(jax.tree.leaves(in_batched[1:]))
-        if not is_weight_batched and math.prod(x.shape[:-1]) <= 4 * FUSED_TOKENS:
+        if not is_weight_batched and (most is None or math.prod(x.shape[:-1]) <= most):
             return product(x, *weight), True
         mapped, fixed = [], []
         flags = [bool(flag) for flag in in_batched]

@@ -26,7 +26,8 @@ from jaxtyping import Array, Float, UInt8
 from vlmlora_kernels.dispatch import DECODE, FUSED, explain
 from vlmlora_kernels.hopper import dequantize as hopper_dequantize
 from vlmlora_kernels.hopper import matvec
-from vlmlora_kernels.lowering import few_tokens, on_cuda, one_by_one
+from vlmlora_kernels.hopper.tuning import FUSED_TOKENS
+from vlmlora_kernels.lowering import few_tokens, many_tokens, on_cuda, one_by_one
 
 NESTED_BLOCKSIZE = 256
 
@@ -330,8 +331,8 @@ def matmul_4bit(
 ) -> Float[Array, "*batch out"]:
     """``x @ W.T`` for a 4-bit W of `shape` [out, in], in the type of `x`.
 
-    Only `x` has a gradient; the cotangents of codes and scales are zero. The backward pass decodes W again:
-    no decoded weight is saved for it.
+    Only `x` has a gradient; the cotangents of codes and scales are zero. The backward pass reads the codes
+    again: no decoded weight is saved for it.
 
     Args:
         x: activations.
@@ -341,7 +342,7 @@ def matmul_4bit(
         quant_type: ``"nf4"`` or ``"fp4"``.
         blocksize: elements that share a scale; even.
         implementation: ``"fused"``, ``"decode"`` or ``"xla"`` to insist on one; see `explain`. The backward
-            pass decodes with a kernel unless it is ``"xla"``.
+            pass follows, and decodes with a kernel where ``"fused"`` cannot run it.
 
     Raises:
         ValueError: as `dequantize_4bit`.
@@ -364,8 +365,10 @@ def _matmul(x, codes, absmax, layout):
     if choice.implementation != FUSED:
         return decoded(*arrays)
     _check_fit(codes, absmax, shape, blocksize)
-    decoder = matvec.FourBit(CODE_BOOKS[quant_type], isinstance(absmax, NestedAbsmax))
-    fused = few_tokens(decoder, shape)
+    if tokens <= FUSED_TOKENS:
+        fused = few_tokens(matvec.FourBit(CODE_BOOKS[quant_type], isinstance(absmax, NestedAbsmax)), shape)
+    else:
+        fused = many_tokens(CODE_BOOKS[quant_type], shape, transposed=False)
     return fused(*arrays) if implementation else on_cuda(fused, decoded, *arrays)
 
 
@@ -375,7 +378,25 @@ def _matmul_fwd(x, codes, absmax, layout):
 
 def _matmul_bwd(layout, residuals, dy):
     codes, absmax = residuals
-    return jnp.matmul(dy, _decode(codes, absmax, layout, dy.dtype)), None, None
+    shape, quant_type, blocksize, implementation = layout
+    choice = explain(
+        math.prod(dy.shape[:-1]),
+        shape,
+        kind=quant_type,
+        dtype=dy.dtype,
+        blocksize=blocksize,
+        backward=True,
+        implementation=implementation,
+    )
+
+    def decoded(dy: jax.Array, codes: jax.Array, *scales: jax.Array) -> jax.Array:
+        return jnp.matmul(dy, _decode(codes, _absmax(scales), layout, dy.dtype))
+
+    arrays = (dy, codes, *_scale_arrays(absmax))
+    if choice.implementation != FUSED:
+        return decoded(*arrays), None, None
+    fused = many_tokens(CODE_BOOKS[quant_type], shape, transposed=True)
+    return fused(*arrays) if implementation else on_cuda(fused, decoded, *arrays), None, None
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)

@@ -1,5 +1,6 @@
 """The kernels on a Hopper GPU, with fresh random inputs, against XLA and float64."""
 
+import functools
 import math
 import os
 import re
@@ -19,9 +20,10 @@ from vlmlora_kernels import (
     matmul_4bit,
     matmul_int8,
 )
-from vlmlora_kernels.bench import candidates, compile_all
+from vlmlora_kernels.bench import candidates, compile_all, many_candidates
 from vlmlora_kernels.hopper.matvec import EightBit, FourBit, matmul
 from vlmlora_kernels.hopper.tuning import FEW_TOKENS, FUSED_TOKENS, cut
+from vlmlora_kernels.lowering import many_tokens
 
 pytestmark = pytest.mark.gpu
 
@@ -201,3 +203,46 @@ def test_scan_checkpoint_and_vmap(key):
         np.testing.assert_array_equal(batched[i], product(x, weight))
     xs = jnp.stack([x, -x])
     np.testing.assert_array_equal(jax.vmap(product, (0, None))(xs, weights[0])[1], -product(x, weights[0]))
+
+
+@pytest.mark.parametrize("tokens", [65, 128, 200, 512, 1000, 2048])
+@pytest.mark.parametrize("shape", [(3584, 3584), (1000, 1088), (520, 18944), (18944, 512)])
+def test_products_of_many_tokens(key, shape, tokens):
+    one, two, three = jax.random.split(key, 3)
+    codes, absmax = four_bit(one, shape)
+    x = jax.random.normal(two, (tokens, shape[1]), jnp.bfloat16)
+    dy = jax.random.normal(three, (tokens, shape[0]), jnp.bfloat16)
+
+    @jax.jit
+    def both(x, dy):
+        product = functools.partial(matmul_4bit, shape=shape, implementation="fused")
+        y, pullback = jax.vjp(lambda x: product(x, codes, absmax), x)
+        return y, pullback(dy)[0]
+
+    y, dx = both(x, dy)
+    weight = dequantize_4bit(codes, absmax, shape=shape, dtype=jnp.float32, implementation="xla")
+    weight = np.asarray(weight, np.float64)
+    # W and the result are rounded to bfloat16.
+    assert relative_error(y, np.asarray(x, np.float64) @ weight.T) < 4e-3
+    assert relative_error(dx, np.asarray(dy, np.float64) @ weight) < 4e-3
+    for _ in range(20):
+        again = both(x, dy)
+        np.testing.assert_array_equal(y, again[0])
+        np.testing.assert_array_equal(dx, again[1])
+
+
+@pytest.mark.parametrize("tokens", [128, 512, 1024])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_every_tile_of_the_sweep_of_many_tokens(key, tokens, transposed):
+    shape = (1000, 3584)
+    one, two = jax.random.split(key)
+    codes, absmax = four_bit(one, shape)
+    weight = dequantize_4bit(codes, absmax, shape=shape, dtype=jnp.float32, implementation="xla")
+    weight = np.asarray(weight if transposed else weight.T, np.float64)
+    x = jax.random.normal(two, (tokens, len(weight)), jnp.bfloat16)
+    expected = np.asarray(x, np.float64) @ weight
+    for row in many_candidates(tokens):
+        product = jax.jit(many_tokens(CODE_BOOKS["nf4"], shape, transposed=transposed, row=row))
+        y = product(x, codes, *absmax)
+        assert relative_error(y, expected) < 4e-3, row
+        np.testing.assert_array_equal(y, product(x, codes, *absmax), err_msg=str(row))

@@ -117,6 +117,16 @@ def load_float(pointer, offset):
 load_shared_float = load_float
 
 
+load_constant = load_written = load_words
+
+
+def load_transposed(pointer, offset):
+    rows = _load(pointer, offset, 16, np.uint16).reshape(-1, 4, 8, 8)  # warp, matrix, row, column
+    lane_ = np.arange(32)
+    words = np.ascontiguousarray(rows.transpose(0, 1, 3, 2)).view(np.uint32)  # warp, matrix, column, pair
+    return [Word(words[:, m, lane_ // 4, lane_ % 4].reshape(-1)) for m in range(4)]
+
+
 def load_byte(pointer, offset):
     return Word(_load(pointer, offset, 1, np.uint8)[:, 0])
 
@@ -176,7 +186,13 @@ def both(a, b):
 
 def permute(low, high, selector):
     pool = np.stack([low.value, high.value], 1).view(np.uint8)
-    return Word(sum(pool[:, selector >> 4 * i & 7].astype(np.uint32) << np.uint32(8 * i) for i in range(4)))
+    threads, selector = np.arange(len(pool)), Word(selector).value
+    return Word(
+        sum(
+            pool[threads, selector >> np.uint32(4 * i) & 7].astype(np.uint32) << np.uint32(8 * i)
+            for i in range(4)
+        )
+    )
 
 
 def shuffle(value, lane_):
@@ -237,6 +253,10 @@ def cluster_rank():
 
 def barrier():
     pass
+
+
+def barrier_of(threads):
+    assert threads == _state["threads"]
 
 
 cluster_barrier = barrier

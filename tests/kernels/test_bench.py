@@ -123,6 +123,42 @@ def test_the_sweep_prints_the_table_of_the_fastest(monkeypatch):
     assert {tuning.cut(table["nf4"][-1], 64, shape) for shape in shapes} == best
 
 
+def test_the_sweep_of_many_tokens_stops_where_decoding_is_faster_and_sees_wrong_results(monkeypatch, capsys):
+    counts = [128, 256, 512]
+    fastest = {count: bench.many_candidates(count)[1] for count in counts}
+    wrong = {count: bench.many_candidates(count)[2] for count in counts}
+
+    def programs(jobs):
+        def program(count):
+            values = [
+                1.0,
+                1.0,
+                *(2.0 if row == wrong[count] else 1.0 for row in bench.many_candidates(count)),
+            ]
+            return lambda *_: [(None, jnp.full((2, 2), value)) for value in values]
+
+        programs = {key: program(key[1]) for key, _ in jobs}
+        counts_of.update({id(made): key[1] for key, made in programs.items()})
+        return programs
+
+    def times(program, *_):
+        count = counts_of[id(program)]
+        speed = {fastest[count]: 4.0, wrong[count]: 1.0}
+        slow = 3.0 if count == 512 else 1.0
+        return [5.0, 6.0, *(slow * speed.get(row, 5.0) for row in bench.many_candidates(count))]
+
+    counts_of: dict = {}
+    monkeypatch.setattr(bench, "compile_all", programs)
+    monkeypatch.setattr(bench, "times_us", times)
+    rows, text = bench.sweep_many([(96, 256)], counts, {})
+    scope: dict = {}
+    exec(text, {"ManyTokens": tuning.ManyTokens}, scope)
+    assert scope["MANY_TOKENS"] == (fastest[128], fastest[256]), "neither the wrong one nor the slow ones"
+    printed = [line for line in capsys.readouterr().out.splitlines() if "WRONG" in line]
+    assert len(printed) == 6
+    assert {row["who"] for row in rows} == {"bf16", "decode", "fused"}
+
+
 @pytest.mark.parametrize(
     "shape", sorted({s for group in (bench.LANGUAGE, bench.VISION) for m in group.values() for s in m})
 )

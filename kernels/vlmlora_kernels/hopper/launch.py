@@ -1,7 +1,7 @@
 """A kernel written for one thread, and how to run it."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from vlmlora_kernels.hopper import simt
+
+MULTIPROCESSORS = 132  # of an H100 or H200; a grid for another number is right, and slower.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +40,7 @@ class Kernel:
 
     def __call__(self, *inputs: jax.Array) -> jax.Array:
         """Run on a Hopper GPU."""
-        result = self.launch(*inputs)
-        # Inside shard_map the result varies over the mesh axes that an input varies over; Pallas drops them.
-        varying = frozenset().union(*(_varying(x) for x in inputs)) - _varying(result)
-        return jax.lax.pcast(result, tuple(varying), to="varying") if varying else result
+        return varying_like(self.launch(*inputs), inputs)
 
     def launch(self, *inputs: jax.Array) -> jax.Array:
         """The call of the kernel itself."""
@@ -69,6 +68,13 @@ class Kernel:
             kernel_name=self.name,
         )
         return run(*inputs)
+
+
+def varying_like(result: jax.Array, inputs: Sequence[jax.Array]) -> jax.Array:
+    """The result of a kernel inside shard_map: it varies over the mesh axes that an input varies over, which
+    Pallas drops."""
+    varying = frozenset().union(*(_varying(x) for x in inputs)) - _varying(result)
+    return jax.lax.pcast(result, tuple(varying), to="varying") if varying else result
 
 
 def _varying(x: jax.Array) -> frozenset:

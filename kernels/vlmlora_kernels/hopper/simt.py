@@ -171,6 +171,42 @@ def load_shared_float(pointer: Pointer, offset: Word | int) -> ir.Value:
     return llvm.load(f32(), pointer.at(offset))
 
 
+def load_constant(pointer: Pointer, offset: Word | int, count: int) -> list[Word]:
+    """Load 1 or 2 words of shared memory that nothing writes any more: the load may move."""
+    kind, registers = _LOADS[count]
+    result = mgpu_utils.inline_ptx(
+        f"ld.shared.{kind} {registers}, [${count}];", pointer.at(offset), result_types=[i32()] * count
+    )
+    return [Word(value) for value in result]
+
+
+def load_written(pointer: Pointer, offset: Word | int, count: int) -> list[Word]:
+    """Load 1, 2 or 4 aligned words of global memory that another block of threads has written."""
+    kind, registers = _LOADS[count]
+    result = mgpu_utils.inline_ptx(
+        f"ld.global.{kind} {registers}, [${count}];",
+        pointer.at(offset),
+        result_types=[i32()] * count,
+        has_side_effects=True,
+    )
+    return [Word(value) for value in result]
+
+
+def load_transposed(pointer: Pointer, offset: Word) -> list[Word]:
+    """Load four 8×8 matrices of 16-bit elements (PTX ``ldmatrix.x4.trans``).
+
+    Lane ``8 * m + r`` gives the offset of row `r` of matrix `m`, 16 bytes; lane `l` gets rows
+    ``2 * (l % 4)`` and the next of column ``l // 4`` of each matrix.
+    """
+    result = mgpu_utils.inline_ptx(
+        "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];",
+        pointer.at(offset),
+        result_types=[i32()] * 4,
+        has_side_effects=True,
+    )
+    return [Word(value) for value in result]
+
+
 def load_byte(pointer: Pointer, offset: Word | int) -> Word:
     """Load one byte of read-only global memory."""
     result = mgpu_utils.inline_ptx("ld.global.nc.u8 $0, [$1];", pointer.at(offset), result_types=i32())
@@ -225,6 +261,12 @@ def block() -> Word:
 def barrier() -> None:
     """Wait for every thread of the block."""
     gpu.barrier()
+
+
+def barrier_of(threads: int) -> None:
+    """Wait for as many threads, in whole warps; all that come here wait for each other."""
+    # Mosaic GPU takes the low numbers of the 16 barriers.
+    mgpu_utils.inline_ptx(f"bar.sync 15, {threads};", has_side_effects=True)
 
 
 def when(condition: ir.Value):

@@ -1,10 +1,13 @@
-"""Which tile each number of tokens gets. Regenerate with ``python -m vlmlora_kernels.bench --sweep``."""
+"""Which tile each number of tokens gets. Regenerate with ``python -m vlmlora_kernels.bench --sweep`` and
+``--sweep-many``.
+"""
 
 import dataclasses
 
+from vlmlora_kernels.hopper import wgmma
+from vlmlora_kernels.hopper.launch import MULTIPROCESSORS
 from vlmlora_kernels.hopper.matvec import COLUMNS, Tuning
 
-MULTIPROCESSORS = 132  # of an H100 or H200; a grid for another number is right, and slower.
 SHARED_WORDS = 227 * 1024 // 4  # that a block may have
 MOST_SPLITS = 15  # each may need a named barrier, and the block has one of the 16
 _TABLE_WORDS = 34 * 256  # of the byte table and the code of nested scales
@@ -50,7 +53,50 @@ FEW_TOKENS = {
 """By the decoder's name, for ascending numbers of tokens."""
 
 FUSED_TOKENS = FEW_TOKENS["nf4"][-1].tokens
-"""The most tokens that the fused kernels take; beyond it, decoding and then multiplying is faster."""
+"""The most tokens that the kernels of `hopper.matvec` take."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ManyTokens:
+    """A row of the table of 4-bit products on ``wgmma``; see `hopper.wgmma.Tuning`.
+
+    Attributes:
+        tokens: the most that take this row.
+        width: tokens of a block of threads.
+        stages: steps in shared memory.
+        cluster: blocks that load the tokens together.
+        exact: look values up in float32.
+        split: share the last tiles.
+    """
+
+    tokens: int
+    width: int
+    stages: int
+    cluster: int = 1
+    exact: bool = True
+    split: bool = True
+
+    def tuning(self) -> wgmma.Tuning:
+        """How the kernel takes it."""
+        return wgmma.Tuning(self.width, self.stages, self.cluster, self.exact, self.split)
+
+
+MANY_TOKENS = (
+    ManyTokens(tokens=128, width=128, stages=6),
+    ManyTokens(tokens=512, width=256, stages=4),
+)
+"""For ascending numbers of tokens beyond `FUSED_TOKENS`, as far as the product is faster than decoding and
+then multiplying."""
+
+
+def most_fused_tokens(kind: str) -> int:
+    """Up to how many tokens a fused product is the fastest, forward and backward."""
+    return FUSED_TOKENS if kind == "int8" else max(FUSED_TOKENS, *(row.tokens for row in MANY_TOKENS))
+
+
+def many_tokens_row(tokens: int) -> ManyTokens:
+    """The row for as many tokens; the last one beyond the end of the table."""
+    return next((row for row in MANY_TOKENS if tokens <= row.tokens), MANY_TOKENS[-1])
 
 
 def matvec_tuning(tokens: int, shape: tuple[int, int], kind: str) -> Tuning:

@@ -1,0 +1,550 @@
+"""``x @ W.T`` and ``dy @ W`` for many tokens and a 4-bit W that is never written, on a Hopper GPU.
+
+A block of threads owns 128 rows of the transposed result (outputs of ``x @ W.T``, inputs of ``dy @ W``) and
+a tile of tokens. One warpgroup keeps the copies into shared memory going: tiles of the tokens, the codes
+and their scales, 64 of the summed axis at a time. Two others decode 64 rows each, straight into the
+registers from which ``wgmma`` takes its first operand, while their last product is still under way; the
+second operand is the tile of tokens in shared memory. A byte of codes is looked up in a table of pairs of
+float32, multiplied by the scale in float32 and rounded once, so W is what `dequantize` writes, bit for bit.
+
+Which row of W stands in which row of the operand does not matter as long as the result is written where it
+belongs: a thread takes neighbours, so that it writes pairs.
+
+Every block of threads gets as many steps along the summed axis as any other (`Schedule`), so a tile may be
+shared: the block that has its first step waits for the sums of the others and adds them, always in the same
+order (https://arxiv.org/abs/2301.03598).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic.gpu import fragmented_array as fragments
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import vector
+from jaxtyping import Array, BFloat16, Float, UInt8
+
+from vlmlora_kernels.hopper import simt
+from vlmlora_kernels.hopper.launch import MULTIPROCESSORS, varying_like
+
+BLOCK = 64  # elements that share a scale, and the step along the summed axis
+ROWS = 128  # rows of the transposed result that a block of threads owns
+_GROUP_ROWS = 64  # of which a warpgroup multiplies
+_TABLE_WORDS = 256 * 32  # 128 bytes for each byte of codes
+_PIECE = 64  # tokens that are written at a time
+_FEWEST_STEPS = 8  # of a block, if there are more blocks than tiles
+_SHARING_STEPS = 6  # as long as it takes to hand a tile's sums over
+_SWIZZLE = (plgpu.SwizzleTransform(128),)
+# The same bytes in the words of ``wgmma``. A copy in these words would have to end at a multiple of 8 tokens.
+_TILED_SWIZZLE = (plgpu.TilingTransform((8, 64)), *_SWIZZLE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """How the work is cut.
+
+    Attributes:
+        tokens: of a block of threads; a multiple of 64, at most 256.
+        stages: steps whose tiles are in shared memory or on their way.
+        cluster: blocks of threads with the same tokens that load them together: 1 or 2.
+        exact: look values up in float32 and not in bfloat16. W is then what `dequantize` writes, bit for bit.
+        split: share the last tiles evenly among all blocks.
+    """
+
+    tokens: int = 256
+    stages: int = 4
+    cluster: int = 1
+    exact: bool = True
+    split: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Which steps of which tiles each block of threads takes, in order.
+
+    First come whole tiles, in turn. The steps of those that are left, one tile after the other, are cut into
+    equal shares, or with `split` off into whole tiles. Its methods take integers of Python or of JAX.
+
+    Attributes:
+        tiles: of the result.
+        steps: along the summed axis of a tile.
+        blocks: of threads.
+        whole: tiles that each block takes whole.
+        split: whether the rest is cut into equal shares.
+    """
+
+    tiles: int
+    steps: int
+    blocks: int
+    whole: int
+    split: bool
+
+    @staticmethod
+    def balanced(tiles: int, steps: int, most_blocks: int, split: bool) -> "Schedule":
+        """The schedule that ends soonest.
+
+        Args:
+            tiles: of the result.
+            steps: of a tile.
+            most_blocks: that run at a time.
+            split: allow shared tiles.
+        """
+        waves, rest = divmod(tiles, most_blocks)
+        # Without sharing, the last wave lasts as long as a whole one.
+        gain = steps * (1 - rest / most_blocks) if rest else 0
+        if not split or gain <= _SHARING_STEPS:
+            return Schedule(tiles, steps, min(tiles, most_blocks), waves, False)
+        blocks = max(1, min(most_blocks, tiles * steps // _FEWEST_STEPS))
+        # At least a tile for each block is left, so that no more than two or three share one.
+        return Schedule(tiles, steps, blocks, max(0, tiles // blocks - 1), True)
+
+    @property
+    def shared(self) -> int:
+        """Steps that are cut into shares."""
+        return (self.tiles - self.whole * self.blocks) * self.steps
+
+    def first(self, block: Any) -> Any:
+        """The first of the shared steps that a block takes; those of the next block follow its own."""
+        if self.split:
+            return block * self.shared // self.blocks
+        return jnp.minimum(block * self.steps, self.shared)
+
+    def count(self, block: Any) -> Any:
+        """How many steps a block takes."""
+        return self.whole * self.steps + self.first(block + 1) - self.first(block)
+
+    def pieces(self, block: Any) -> Any:
+        """Of how many tiles these are."""
+        return self.whole + pl.cdiv(self.first(block + 1), self.steps) - self.first(block) // self.steps
+
+    def position(self, block: Any, number: Any) -> tuple:
+        """A block's step of this number: tile, and step of the tile."""
+        own = self.whole * self.steps
+        is_whole = number < own
+        step = jnp.where(is_whole, number, number - own + self.first(block))
+        tile = step // self.steps
+        return jnp.where(
+            is_whole, tile * self.blocks + block, self.whole * self.blocks + tile
+        ), step % self.steps
+
+    def piece(self, block: Any, number: Any) -> tuple:
+        """A block's tile of this number: the block's first step of it, its end, and whether the tile starts
+        and ends with them."""
+        first, last = self.first(block), self.first(block + 1)
+        start = (first // self.steps + number - self.whole) * self.steps
+        stop = start + self.steps
+        own = self.whole * self.steps - first
+        is_whole = number < self.whole
+        begin = jnp.where(is_whole, number * self.steps, jnp.maximum(start, first) + own)
+        end = jnp.where(is_whole, (number + 1) * self.steps, jnp.minimum(stop, last) + own)
+        return begin, end, is_whole | (start >= first), is_whole | (stop <= last)
+
+    def last_sharing(self, block: Any) -> Any:
+        """The last block that has steps of the tile of which `block` has the first one, and not the last."""
+        stop = ((self.first(block + 1) - 1) // self.steps + 1) * self.steps
+        return (stop * self.blocks - 1) // self.shared
+
+
+def matmul(
+    book: np.ndarray,
+    *,
+    tokens: int,
+    shape: tuple[int, int],
+    transposed: bool,
+    tuning: Tuning | None = None,
+) -> Callable[[BFloat16[Array, "tokens k"], UInt8[Array, " bytes"], Float[Array, "blocks out"]], jax.Array]:
+    """The kernel of ``x @ W.T``, or of ``dy @ W`` if `transposed`, in bfloat16.
+
+    Called with `x` [tokens, in] or `dy` [tokens, out], the codes, uint8 [out * in / 2], and the float32
+    scales of `hopper.scales.scales_by_column`, [in / 64, out].
+
+    Args:
+        book: the 16 values.
+        tokens: rows of `x`.
+        shape: (out, in) of W; `in` a multiple of 64, `out` of 8.
+        transposed: multiply by W and not by its transpose.
+        tuning: how the work is cut.
+    """
+    tuning = tuning or Tuning()
+    out_features, in_features = shape
+    summed, kept = (out_features, in_features) if transposed else (in_features, out_features)
+    token_tiles = pl.cdiv(tokens, tuning.tokens)
+    row_tiles = pl.cdiv(kept, ROWS * tuning.cluster)
+    stages, width, cluster = tuning.stages, tuning.tokens, tuning.cluster
+    schedule = Schedule.balanced(
+        row_tiles * token_tiles, pl.cdiv(summed, BLOCK), MULTIPROCESSORS // cluster, tuning.split
+    )
+    decode = decode_columns if transposed else decode_rows
+    code_transforms = (plgpu.SwizzleTransform(64),) if transposed else ()
+    collective = {"collective_axes": "pair"} if cluster > 1 else {}
+
+    def body(x, codes, scales, out, *rest) -> None:
+        sums, rest = (rest[0], rest[1:]) if schedule.split else (None, rest)
+        x_views, code_tiles, scale_tiles, table, pieces, full, free = rest
+        x_tiles, x_operands = x_views
+        group = lax.axis_index("warpgroup")
+        rank = lax.axis_index("pair") if cluster > 1 else 0
+        # Blocks start in the order of their numbers: none waits for one that starts later.
+        block = schedule.blocks - 1 - lax.axis_index("block")
+        count = schedule.count(block)
+        if schedule.split:
+            ready = pl.get_global(plgpu.SemaphoreType.REGULAR((schedule.blocks * cluster * 2,)))
+
+        def place(number: Any) -> tuple:
+            """First row and first token of the tile of a block's step, and the step of the tile."""
+            tile, step = schedule.position(block, number)
+            row_tile = tile // token_tiles * cluster + rank
+            return row_tile * ROWS, tile % token_tiles * width, step
+
+        @pl.when(group == 2)
+        def load() -> None:
+            plgpu.set_max_registers(40, action="decrease")
+
+            def wait_for_slot(step: Any, _: None) -> None:
+                @pl.when(step >= stages)
+                def wait() -> None:
+                    plgpu.barrier_wait(free.at[lax.rem(step, stages)])
+
+            def one(step: Any, _: None) -> None:
+                row, token, at = place(step)
+                slot = lax.rem(step, stages)
+
+                wait_for_slot(step, None)
+                if transposed:
+                    code_part = (pl.ds(at * BLOCK, BLOCK), pl.ds(row // 2, ROWS // 2))
+                    scale_part = (pl.ds(row // BLOCK, ROWS // BLOCK), pl.ds(at * BLOCK, BLOCK))
+                else:
+                    code_part = (pl.ds(row, ROWS), pl.ds(at * (BLOCK // 2), BLOCK // 2))
+                    scale_part = (pl.ds(at, 1), pl.ds(row, ROWS))
+                plgpu.copy_gmem_to_smem(codes.at[code_part], code_tiles.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(scales.at[scale_part], scale_tiles.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(
+                    x.at[pl.ds(token, width), pl.ds(at * BLOCK, BLOCK)],
+                    x_tiles.at[slot],
+                    full.at[slot],
+                    **collective,
+                )
+
+            lax.fori_loop(0, count, one, None)
+            if cluster > 1:
+                # The other block says that it has read a tile: stay until it has said so of the last ones.
+                lax.fori_loop(count, count + stages, wait_for_slot, None)
+
+        @pl.when(group < 2)
+        def multiply() -> None:
+            plgpu.set_max_registers(232, action="increase")
+
+            @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+            def fill(_, ref: Any) -> None:
+                fill_table(simt, book, simt.Pointer(ref, simt.SHARED), 256, tuning.exact)
+
+            fill(table)
+
+            def decoded(step: Any) -> jax.Array:
+                """Wait for a step's tiles and decode 64 rows of W."""
+                slot = lax.rem(step, stages)
+                plgpu.barrier_wait(full.at[slot])
+
+                @plgpu.inline_mgpu(
+                    arg_types=(plgpu.RefType(code_transforms), plgpu.RefType(), plgpu.RefType()),
+                    return_type=plgpu.ShapeDtypeStruct(
+                        (_GROUP_ROWS, BLOCK), jnp.float32, layout=plgpu.Layout.WGMMA
+                    ),
+                )
+                def operand(_, *refs: Any) -> fragments.FragmentedArray:
+                    pointers = [simt.Pointer(ref, simt.SHARED) for ref in refs]
+                    return _in_wgmma_layout(decode(simt, *pointers, tuning.exact))
+
+                values = operand(code_tiles.at[slot], scale_tiles.at[slot], table)
+                return values.astype(jnp.bfloat16)
+
+            def release(step: Any) -> None:
+                """Say that a step's tiles have been read."""
+                plgpu.barrier_arrive(free.at[lax.rem(step, stages)])
+
+            def product(start: Any, end: Any) -> jax.Array:
+                """The sum over a block's steps from `start` up to `end`."""
+
+                def products(acc: Any) -> jax.Array:
+                    def start_step(step: Any) -> None:
+                        w = decoded(step)
+                        plgpu.wgmma(acc, w, x_operands.at[lax.rem(step, stages)].T)
+
+                    def one(step: Any, pending: int) -> None:
+                        """Start a step, and let go of the tiles of the one before when its product ends."""
+                        start_step(step)
+                        plgpu.wgmma_wait(pending)
+                        release(step - 1)
+
+                    def two(step: Any) -> None:
+                        # In turn, as the registers of a product under way must not change.
+                        one(step, 1)
+                        one(step + 1, 1)
+
+                    start_step(start)
+                    pairs = (end - start - 1) // 2
+                    rest = end - 2 * pairs
+                    lax.fori_loop(start + 1, rest, lambda step, _: one(step, 0), None)
+                    lax.fori_loop(0, pairs, lambda pair, _: two(rest + 2 * pair), None)
+                    plgpu.wgmma_wait(0)
+                    release(end - 1)
+                    return acc[...]
+
+                return pl.run_scoped(products, plgpu.ACC((_GROUP_ROWS, width), jnp.float32))
+
+            def share(of: Any) -> Any:
+                """Where the sums of a block are handed over."""
+                return (of * cluster + rank) * 2 + group
+
+            def hand_over(result: jax.Array) -> None:
+                @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
+                def store(_, ref: Any, result: fragments.FragmentedArray) -> None:
+                    store_sums(simt, simt.Pointer(ref, simt.GLOBAL), _pairs(result))
+
+                store(sums.at[share(block)], result)
+                plgpu.semaphore_signal(ready.at[share(block)], memory_scope="gpu")
+
+            def with_share(of: Any, result: jax.Array) -> jax.Array:
+                plgpu.semaphore_wait(ready.at[share(of)], memory_scope="gpu")
+
+                @plgpu.inline_mgpu(
+                    arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA),
+                    return_type=plgpu.ShapeDtypeStruct(
+                        (_GROUP_ROWS, width), jnp.float32, layout=plgpu.Layout.WGMMA
+                    ),
+                )
+                def add(_, ref: Any, result: fragments.FragmentedArray) -> fragments.FragmentedArray:
+                    return _in_wgmma_layout(add_sums(simt, simt.Pointer(ref, simt.GLOBAL), _pairs(result)))
+
+                return add(sums.at[share(of)], result)
+
+            def write_tile(row: Any, token: Any, result: jax.Array) -> None:
+                for index in range(width // _PIECE):
+                    piece = pieces.at[group, index % 2]
+                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                    part = result[:, index * _PIECE : (index + 1) * _PIECE]
+
+                    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(_SWIZZLE), plgpu.Layout.WGMMA))
+                    def write(_, ref: Any, part: fragments.FragmentedArray) -> None:
+                        write_piece(simt, simt.Pointer(ref, simt.SHARED), _pairs(part), transposed)
+
+                    write(piece, part)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(
+                        piece,
+                        out.at[
+                            pl.ds(token + index * _PIECE, _PIECE),
+                            pl.ds(row + group * _GROUP_ROWS, _GROUP_ROWS),
+                        ],
+                    )
+
+            def one_tile(number: Any, _: None) -> None:
+                start, end, starts, ends = schedule.piece(block, number)
+                row, token, _ = place(start)
+                result = product(start, end)
+                if not schedule.split:
+                    return write_tile(row, token, result)
+
+                @pl.when(jnp.logical_not(starts))
+                def part() -> None:
+                    hand_over(result)
+
+                @pl.when(starts)
+                def whole() -> None:
+                    last = jnp.where(ends, block, schedule.last_sharing(block))
+                    write_tile(row, token, lax.fori_loop(block + 1, last + 1, with_share, result))
+
+            lax.fori_loop(0, schedule.pieces(block), one_tile, None)
+            plgpu.wait_smem_to_gmem(0)
+
+    code_tile = (BLOCK, ROWS // 2) if transposed else (ROWS, BLOCK // 2)
+    scale_tile = (ROWS // BLOCK, BLOCK) if transposed else (1, ROWS)
+    if cluster > 1:
+        free = plgpu.ClusterBarrier(collective_axes=("pair",), num_barriers=stages, num_arrivals=2)
+    else:
+        free = plgpu.Barrier(num_barriers=stages, num_arrivals=2)
+    out_type = [jax.ShapeDtypeStruct((tokens, kept), jnp.bfloat16)]
+    if schedule.split:
+        out_type.append(
+            jax.ShapeDtypeStruct((schedule.blocks * cluster * 2, _GROUP_ROWS * width), jnp.float32)
+        )
+    run = plgpu.kernel(
+        body,
+        out_type=out_type,
+        grid=(schedule.blocks,),
+        grid_names=("block",),
+        num_threads=3,
+        thread_name="warpgroup",
+        scratch_types=[
+            plgpu.RefUnion(
+                plgpu.SMEM((stages, width, BLOCK), jnp.bfloat16, transforms=_SWIZZLE),
+                plgpu.SMEM((stages, width, BLOCK), jnp.bfloat16, transforms=_TILED_SWIZZLE),
+            ),
+            plgpu.SMEM((stages, *code_tile), jnp.uint8, transforms=code_transforms),
+            plgpu.SMEM((stages, *scale_tile), jnp.float32),
+            plgpu.SMEM((_TABLE_WORDS,), jnp.float32),
+            plgpu.SMEM((2, 2, _PIECE, _GROUP_ROWS), jnp.bfloat16, transforms=_SWIZZLE),
+            plgpu.Barrier(num_barriers=stages, num_arrivals=3),
+            free,
+        ],
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        kernel_name="nf4_matmul_transposed" if transposed else "nf4_matmul",
+        **({"cluster": (cluster,), "cluster_names": ("pair",)} if cluster > 1 else {}),
+    )
+
+    def call(x: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Array:
+        inputs = (x, codes.reshape(out_features, in_features // 2), scales)
+        return varying_like(run(*inputs)[0], inputs)
+
+    return call
+
+
+def fill_table(t: ModuleType, book: np.ndarray, table: Any, threads: int, exact: bool) -> None:
+    """Write both values of each byte, the high nibble's first, once for each lane of a load.
+
+    A load of 8 bytes serves half a warp at a time, one of 4 bytes a whole one.
+    """
+    thread, lane = t.thread(), t.lane()
+    if exact:
+        bits = [int(b) for b in book.astype(np.float32).view(np.uint32)]
+    else:
+        bits = [int(b) for b in book.astype(jnp.bfloat16).view(np.uint16)]
+    mine = t.Word(bits[0])
+    for i in range(1, 16):
+        mine = t.select((lane & 15).equals(i), t.Word(bits[i]), mine)
+    # Eight threads write the 128 bytes of an entry.
+    for first in range(0, 256, threads // 8):
+        entry = (thread >> 3) + first
+        high, low = t.shuffle(mine, (entry >> 4) & 15), t.shuffle(mine, entry & 15)
+        words = [high, low] * 2 if exact else [t.permute(high, low, 0x5410)] * 4
+        t.store_words(table, (entry << 7) + ((thread & 7) << 4), words)
+    t.barrier_of(threads)
+
+
+class _Table:
+    """Where a thread finds the values of a byte."""
+
+    def __init__(self, t: ModuleType, table: Any, exact: bool):
+        self.t, self.exact, self.zero = t, exact, t.Word(0)
+        self.mine = table.shifted((t.lane() & 15) << 3 if exact else t.lane() << 2)
+
+    def __call__(self, word: Any, selector: Any) -> list:
+        """The two float32 of the byte that `selector` (PTX ``prmt``) takes from the word."""
+        t = self.t
+        offset = t.permute(word, self.zero, selector) << 7
+        if self.exact:
+            return [t.as_float(value) for value in t.load_constant(self.mine, offset, 2)]
+        (pair,) = t.load_constant(self.mine, offset, 1)
+        return [t.as_float(pair << 16), t.as_float(pair & 0xFFFF0000)]
+
+
+def _load_pair(t: ModuleType, pointer: Any, offset: Any) -> list:
+    return [t.as_float(word) for word in t.load_words(pointer, offset, 2)]
+
+
+def decode_rows(t: ModuleType, codes: Any, scales: Any, table: Any, exact: bool) -> list[list]:
+    """128 rows of W by 64 columns; the pairs that a thread of 256 holds.
+
+    Each 16 rows are a warp's. A thread's two rows are neighbours, its columns those that ``wgmma`` wants.
+    """
+    look_up = _Table(t, table, exact)
+    lane, warp = t.lane(), t.thread() >> 5
+    selector = (lane & 3) | 0x4440
+    row = (warp << 4) + ((lane >> 2) << 1)
+    words = [t.load_words(codes, (row << 5) + 16 * i, 4) for i in range(4)]
+    rows = (words[0] + words[1], words[2] + words[3])
+    factors = _load_pair(t, scales, row << 2)
+    result = []
+    for j in range(BLOCK // 8):
+        for row_words, factor in zip(rows, factors, strict=True):
+            result.append([t.multiply(value, factor) for value in look_up(row_words[j], selector)])
+    return result
+
+
+def decode_columns(t: ModuleType, codes: Any, scales: Any, table: Any, exact: bool) -> list[list]:
+    """128 columns of W by 64 rows; the pairs that a thread of 256 holds.
+
+    Each 32 columns are two warps', whose threads take pairs of neighbours in turn; a thread's rows are those
+    that ``wgmma`` wants.
+    """
+    look_up = _Table(t, table, exact)
+    lane, warp = t.lane(), t.thread() >> 5
+    turn, chunk = warp & 1, warp >> 1
+    selectors = [turn | 0x4440, turn | 0x4442]
+    words = []
+    for first in (0, 32):
+        row = lane + first
+        words += t.load_transposed(codes, (row << 6) + ((chunk ^ ((row >> 1) & 3)) << 4))
+    result = []
+    for j, word in enumerate(words):
+        factors = _load_pair(t, scales, ((warp >> 2) << 8) + ((lane & 3) << 3) + 32 * j)
+        columns = ([], [])
+        for selector, factor in zip(selectors, factors, strict=True):
+            for column, value in zip(columns, look_up(word, selector), strict=True):
+                column.append(t.multiply(value, factor))
+        result += columns
+    return result
+
+
+def write_piece(t: ModuleType, piece: Any, values: list[list], transposed: bool) -> None:
+    """Write a warpgroup's 64 rows by 64 tokens to [token, row] in shared memory, with its swizzle.
+
+    Args:
+        t: `simt`.
+        piece: where to.
+        values: for each 8 tokens and each of a thread's two rows, two tokens.
+        transposed: the rows are those of `decode_columns`, and not of `decode_rows`.
+    """
+    lane, warp = t.lane(), t.thread() >> 5
+    if transposed:
+        byte = (((warp >> 1) & 1) << 6) + ((lane >> 2) << 3) + ((warp & 1) << 2)
+    else:
+        byte = ((warp & 3) << 5) + ((lane >> 2) << 2)
+    for i in range(2):
+        token = ((lane & 3) << 1) + i
+        start = (token << 7) + (((byte >> 4) ^ token) << 4) + (byte & 15)
+        for j in range(len(values) // 2):
+            t.store_words(piece, start + 1024 * j, [t.pack_bfloat16(values[2 * j][i], values[2 * j + 1][i])])
+
+
+def store_sums(t: ModuleType, sums: Any, values: list[list]) -> None:
+    """Write a warpgroup's sums, pairs of float32, 16 bytes a thread at a time."""
+    thread = t.thread() & 127
+    for i in range(0, len(values), 2):
+        words = [t.as_word(value) for pair in values[i : i + 2] for value in pair]
+        t.store_words(sums, (thread << 4) + 1024 * i, words)
+
+
+def add_sums(t: ModuleType, sums: Any, values: list[list]) -> list[list]:
+    """`values` and what `store_sums` wrote, added."""
+    thread = t.thread() & 127
+    result = []
+    for i in range(0, len(values), 2):
+        words = [t.as_float(word) for word in t.load_written(sums, (thread << 4) + 1024 * i, 4)]
+        for pair, others in zip(values[i : i + 2], (words[:2], words[2:]), strict=True):
+            result.append([t.add(value, other) for value, other in zip(pair, others, strict=True)])
+    return result
+
+
+def _in_wgmma_layout(pairs: list[list[ir.Value]]) -> fragments.FragmentedArray:
+    """What a thread holds, as a float32 array of 64 rows."""
+    type_ = ir.VectorType.get((2,), simt.f32())
+    registers = np.empty((1, len(pairs) // 2, 1, 1, 2, 1, 1, 1, 1), dtype=object)
+    registers.flat = [vector.from_elements(type_, pair) for pair in pairs]
+    return fragments.FragmentedArray(_registers=registers, _layout=fragments.WGMMA_LAYOUT, _is_signed=None)
+
+
+def _pairs(array: fragments.FragmentedArray) -> list[list[ir.Value]]:
+    """What a thread holds of a float32 array in this layout."""
+    positions = [ir.DenseI64ArrayAttr.get([i]) for i in range(2)]
+    return [
+        [vector.extract(register, dynamic_position=[], static_position=at) for at in positions]
+        for register in array.registers.flat
+    ]

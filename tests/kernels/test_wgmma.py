@@ -1,0 +1,175 @@
+"""The fused product for many tokens: what its threads do, one by one on the CPU, and who does which steps."""
+
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.kernels import emulator
+from vlmlora_kernels import CODE_BOOKS, DYNAMIC_CODE, NestedAbsmax, double_dequantize
+from vlmlora_kernels.hopper import wgmma
+from vlmlora_kernels.hopper.scales import scales_by_column
+
+THREADS = 256
+
+
+def shared(array):
+    return emulator.Pointer(np.ascontiguousarray(array).reshape(1, -1).view(np.uint8))
+
+
+@pytest.fixture
+def threads():
+    emulator._state.update(threads=THREADS, block_threads=THREADS, block=0, masks=[np.ones(THREADS, bool)])
+    with np.errstate(over="ignore"):
+        yield
+
+
+def swizzled(array, width):
+    """As TMA writes rows of 64 or 128 bytes: pieces of 16 bytes in an order that depends on the row."""
+    pieces = array.view(np.uint8).reshape(len(array), -1, 16)
+    rows = np.arange(len(array))[:, None]
+    order = np.arange(pieces.shape[1]) ^ rows // (128 // width) % (width // 16)
+    return np.take_along_axis(pieces, order[..., None], axis=1).reshape(array.view(np.uint8).shape)
+
+
+def operand(pairs):
+    """The array [2, 64, 64] of two warpgroups behind the registers of their threads (PTX, ``wgmma``)."""
+    thread = np.arange(THREADS)
+    group, warp, lane = thread // 128, thread // 32 % 4, thread % 32
+    result = np.full((2, 64, 64), np.nan, np.float32)
+    for i, pair in enumerate(pairs):
+        for k, value in enumerate(pair):
+            result[group, 16 * warp + lane // 4 + 8 * (i % 2), 8 * (i // 2) + 2 * (lane % 4) + k] = value
+    return result
+
+
+def rows_of_operand(transposed):
+    """Which of the 128 rows of the transposed result each row of both warpgroups' operands is."""
+    group, warp, half, lane = np.meshgrid(
+        np.arange(2), np.arange(4), np.arange(2), np.arange(8), indexing="ij"
+    )
+    if transposed:
+        row = 64 * group + 32 * (warp // 2) + 4 * lane + 2 * (warp % 2) + half
+    else:
+        row = 64 * group + 16 * warp + 2 * lane + half
+    assert sorted(row.reshape(-1)) == list(range(128))
+    return row.reshape(2, 64)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_threads_decode_every_element_of_a_tile(threads, transposed, quant_type, exact):
+    rng = np.random.default_rng(0)
+    book = CODE_BOOKS[quant_type]
+    shape = (64, 64) if transposed else (128, 32)
+    codes = rng.integers(0, 256, shape, np.uint8)
+    scales = rng.uniform(0.01, 1, (2, 64) if transposed else (1, 128)).astype(np.float32)
+    table = shared(np.full(wgmma._TABLE_WORDS, np.nan, np.float32))
+    wgmma.fill_table(emulator, book, table, THREADS, exact)
+    decode = wgmma.decode_columns if transposed else wgmma.decode_rows
+    pairs = decode(
+        emulator, shared(swizzled(codes, 64) if transposed else codes), shared(scales), table, exact
+    )
+    if not exact:
+        book = book.astype(ml_dtypes.bfloat16).astype(np.float32)
+    nibbles = np.stack([codes >> 4, codes & 15], axis=-1).reshape(len(codes), -1)
+    factors = np.repeat(scales, 64, axis=0).T if transposed else scales.T
+    expected = book[nibbles] * factors
+    expected = expected.T if transposed else expected
+    np.testing.assert_array_equal(operand(pairs), expected[rows_of_operand(transposed)])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_threads_write_every_element_of_the_result_where_it_belongs(threads, transposed):
+    rows = rows_of_operand(transposed)
+    thread = np.arange(THREADS)
+    group, warp, lane = thread // 128, thread // 32 % 4, thread % 32
+    rng = np.random.default_rng(1)
+    result = rng.standard_normal((128, 64)).astype(ml_dtypes.bfloat16)  # [row, token]
+    values = [
+        [
+            result[
+                rows[group, 16 * warp + lane // 4 + 8 * (i % 2)], 8 * (i // 2) + 2 * (lane % 4) + k
+            ].astype(np.float32)
+            for k in range(2)
+        ]
+        for i in range(16)
+    ]
+    pieces = np.full((2, 64, 64), np.nan, ml_dtypes.bfloat16)
+    memory = shared(pieces)
+    wgmma.write_piece(emulator, memory.shifted(group * 64 * 128), values, transposed)
+    for half in range(2):
+        expected = result[64 * half : 64 * half + 64].T
+        np.testing.assert_array_equal(
+            pieces[half].view(np.uint16), swizzled(np.ascontiguousarray(expected), 128).view(np.uint16)
+        )
+
+
+def test_sums_that_are_handed_over_are_added_where_they_belong(threads):
+    rng = np.random.default_rng(2)
+    mine, theirs = (rng.standard_normal((32, 2, THREADS)).astype(np.float32) for _ in range(2))
+    memory = shared(np.full(128 * 64, np.nan, np.float32))
+    emulator._state["masks"] = [np.arange(THREADS) < 128]  # one warpgroup
+    wgmma.store_sums(emulator, memory, [list(pair) for pair in theirs])
+    total = np.array(wgmma.add_sums(emulator, memory, [list(pair) for pair in mine]))
+    np.testing.assert_array_equal(total[..., :128], (mine + theirs)[..., :128])
+
+
+@given(
+    tiles=st.integers(1, 700),
+    steps=st.integers(1, 300),
+    most_blocks=st.integers(1, 132),
+    split=st.booleans(),
+)
+@settings(deadline=None)
+def test_every_step_is_taken_once_and_every_sum_is_waited_for(tiles, steps, most_blocks, split):
+    schedule = wgmma.Schedule.balanced(tiles, steps, most_blocks, split)
+    blocks = range(schedule.blocks)
+    taken = np.zeros((tiles, steps), int)
+    handed, awaited = [], []
+    with mock.patch.object(wgmma, "jnp", np):  # which compiles nothing
+        counts = [schedule.count(block) for block in blocks]
+        for block, count in zip(blocks, counts, strict=True):
+            tile, step = schedule.position(block, np.arange(count))
+            np.add.at(taken, (tile, step), 1)
+            pieces = schedule.piece(block, np.arange(schedule.pieces(block)))
+            begin, end, starts, ends = pieces
+            # The pieces are the runs of steps of the same tile.
+            np.testing.assert_array_equal(begin, np.flatnonzero(np.diff(tile, prepend=-1)))
+            np.testing.assert_array_equal(end, [*begin[1:], count][: len(begin)])
+            np.testing.assert_array_equal(starts, step[begin] == 0)
+            np.testing.assert_array_equal(ends, step[end - 1] == steps - 1)
+            handed += [block] * int((~starts).sum())
+            if (starts & ~ends).any():
+                assert np.flatnonzero(starts & ~ends).tolist() == [len(begin) - 1]
+                awaited += range(block + 1, schedule.last_sharing(block) + 1)
+    assert (taken == 1).all()
+    assert handed == awaited == sorted(set(awaited)), "each hands over one sum, which one block awaits"
+    assert schedule.split or not handed
+    if schedule.split:
+        assert np.ptp(counts) <= 1
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("shape", [(200, 64 * 12), (77, 64 * 17), (16, 64)])
+def test_scales_are_decoded_and_transposed(shape, nested):
+    rng = np.random.default_rng(3)
+    blocks = shape[0] * shape[1] // 64
+    absmax = rng.uniform(0.01, 1, blocks).astype(np.float32)
+    if nested:
+        absmax = NestedAbsmax(
+            rng.integers(0, 256, blocks, np.uint8),
+            rng.uniform(0.001, 0.01, -(-blocks // 256)).astype(np.float32),
+            DYNAMIC_CODE,
+            np.full((), 0.03, np.float32),
+        )
+    arrays = absmax if nested else (absmax,)
+    scales = emulator.run(scales_by_column(shape, nested=nested), *arrays)
+    expected = np.asarray(double_dequantize(jax.tree.map(jnp.asarray, absmax))) if nested else absmax
+    np.testing.assert_array_equal(scales, expected.reshape(shape[0], -1).T)
