@@ -14,6 +14,7 @@ from rich.console import Console
 
 from vlmlora.distributed import mesh_of, place_batch, replicate_unplaced
 from vlmlora.training.auto import (
+    MARGIN,
     Planner,
     Program,
     available_bytes,
@@ -216,6 +217,8 @@ class _Step:
     def _compile_what_fits(self, arguments: tuple[Any, ...]) -> Program:
         available = available_bytes(arguments[:3], self._memory_budget)
         if self._is_open:
+            if available is not None and self._memory_budget is None:
+                available = int(available * (1 - MARGIN))
 
             def compile_with(policy: GradientCheckpointing) -> Program:
                 return self._compile(self._loss_fn.with_checkpointing(policy), arguments)
@@ -228,7 +231,7 @@ class _Step:
                 description={"memory_budget": self._memory_budget},
             )
             if self._verbose and jax.process_index() == 0:
-                Console().print(message, highlight=False)
+                Console().print(message, highlight=False, soft_wrap=True)
             return program
         program = self._compile(self._loss_fn, arguments)
         if not fits(program, available):
