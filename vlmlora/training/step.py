@@ -204,6 +204,9 @@ class _Step:
 
     def _program(self, arguments: tuple[Any, ...]) -> Program:
         leaves, structure = jax.tree.flatten(arguments)
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            # Inside another program, which alone is compiled.
+            return Program(None, self._jit(self._loss_fn, arguments[0]), None)
         of_leaves = tuple((leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)) for leaf in leaves)
         if (structure, of_leaves) not in self._programs:
             self._programs[structure, of_leaves] = self._compile_what_fits(arguments)
