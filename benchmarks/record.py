@@ -44,8 +44,20 @@ def write(file: Path, record: dict[str, Any]) -> None:
     """Write a record as JSON, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    temporary.write_text(format_record(record))
     temporary.rename(file)
+
+
+def format_record(record: dict[str, Any]) -> str:
+    """A record as JSON with one line for each entry, and for each row of an entry that is a list of them."""
+    entries = []
+    for name, value in record.items():
+        text = json.dumps(value)
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            rows = ",\n".join(f"    {json.dumps(row)}" for row in value)
+            text = f"[\n{rows}\n  ]"
+        entries.append(f"  {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(entries) + "\n}\n"
 
 
 def _module() -> str:

@@ -160,8 +160,13 @@ def dequantize_4bit(
     quant_type: str = "nf4",
     blocksize: int = 64,
     implementation: str | None = None,
+    right: Float[Array, "out right"] | None = None,
+    below: Float[Array, "below wide"] | None = None,
 ) -> Float[Array, "*shape"]:
     """Decode a matrix: a float32 product of value and scale, rounded once to `dtype`.
+
+    Dense matrices may be put around it, in the same pass: so low-rank factors ride along in the product with
+    a decoded weight, ``[x, x A] @ [W, B].T``.
 
     Args:
         codes: packed codes of `quantize_4bit`.
@@ -171,32 +176,89 @@ def dequantize_4bit(
         quant_type: ``"nf4"`` or ``"fp4"``.
         blocksize: elements that share a scale; even.
         implementation: ``"decode"`` or ``"xla"`` to insist on one; see `explain`.
+        right: columns that follow those of the matrix.
+        below: rows that follow those of the matrix, as wide as it and what is to its right.
 
     Returns:
-        What ``bitsandbytes.functional.dequantize_4bit`` returns, bit for bit.
+        What ``bitsandbytes.functional.dequantize_4bit`` returns, bit for bit, and what was put around it.
 
     Raises:
-        ValueError: unknown `quant_type`, odd `blocksize`, codes or scales that do not fit `shape`, or an
-            `implementation` that cannot run this.
+        ValueError: unknown `quant_type`, odd `blocksize`, codes or scales that do not fit `shape`, columns or
+            rows that do not, or an `implementation` that cannot run this.
     """
     _check_format(quant_type, blocksize)
     _check_fit(codes, absmax, shape, blocksize)
+    _check_around(shape, right, below)
     size = math.prod(shape)
     choice = explain(
         None, shape, kind=quant_type, dtype=dtype, blocksize=blocksize, implementation=implementation
     )
+    around = [None if part is None or part.size == 0 else part.astype(dtype) for part in (right, below)]
+    present = [part for part in around if part is not None]
+    scales = _scale_arrays(absmax)
 
-    def in_xla(codes: jax.Array, *scales: jax.Array) -> jax.Array:
-        return _dequantize_in_xla(codes, _absmax(scales), shape, dtype, quant_type, blocksize)
+    def frame(matrix: jax.Array, arrays: Sequence[jax.Array]) -> jax.Array:
+        given = iter(arrays)
+        for axis, part in zip((1, 0), around, strict=True):
+            matrix = matrix if part is None else jnp.concatenate([matrix, next(given)], axis)
+        return matrix
 
-    arrays = (codes, *_scale_arrays(absmax))
+    def in_xla(*arrays: jax.Array) -> jax.Array:
+        codes, *rest = arrays
+        absmax, rest = _absmax(rest[: len(scales)]), rest[len(scales) :]
+        return frame(_dequantize_in_xla(codes, absmax, shape, dtype, quant_type, blocksize), rest)
+
+    arrays = (codes, *scales, *present)
     if choice.implementation != DECODE:
         return in_xla(*arrays)
+    sizes = None
+    if present:
+        sizes = hopper_dequantize.Frame(
+            *shape,
+            *(0 if part is None else part.shape[axis] for axis, part in zip((1, 0), around, strict=True)),
+        )
+        if not _copies(sizes, dtype):
+            whole = dequantize_4bit(
+                codes,
+                absmax,
+                shape=shape,
+                dtype=dtype,
+                quant_type=quant_type,
+                blocksize=blocksize,
+                implementation=implementation,
+            )
+            return frame(whole, present)
     kernel = hopper_dequantize.dequantize(
-        CODE_BOOKS[quant_type], size=size, dtype=dtype, nested=isinstance(absmax, NestedAbsmax)
+        CODE_BOOKS[quant_type],
+        size=size,
+        dtype=dtype,
+        nested=isinstance(absmax, NestedAbsmax),
+        frame=sizes,
     )
-    decode = one_by_one(lambda *arrays: kernel(*arrays).reshape(shape))
+    result = shape if sizes is None else (sizes.rows + sizes.below, sizes.pitch)
+    decode = one_by_one(lambda *arrays: kernel(*arrays).reshape(result))
     return decode(*arrays) if implementation else on_cuda(decode, in_xla, *arrays)
+
+
+def _copies(frame: hopper_dequantize.Frame, dtype: DTypeLike) -> bool:
+    """Whether the kernel can copy what stands around the matrix: bfloat16, in whole words of 16 bytes."""
+    parts = (frame.columns, frame.right, frame.below * frame.pitch)
+    whole = all(size % hopper_dequantize.ELEMENTS == 0 for size in parts)
+    return jnp.dtype(dtype) == jnp.bfloat16 and whole and 2 * (frame.rows + frame.below) * frame.pitch < 2**32
+
+
+def _check_around(shape: Sequence[int], right: jax.Array | None, below: jax.Array | None) -> None:
+    if right is None and below is None:
+        return
+    if len(shape) != 2:
+        raise ValueError(f"only a matrix can have others around it; the decoded one has shape {list(shape)}")
+    width = shape[1] + (0 if right is None else right.shape[-1])
+    for name, part, axis, needed in (("right", right, 0, shape[0]), ("below", below, 1, width)):
+        if part is not None and (part.ndim != 2 or part.shape[axis] != needed):
+            raise ValueError(
+                f"{name} has shape {list(part.shape)}; around a matrix of shape {list(shape)} it needs "
+                f"{needed} {('rows', 'columns')[axis]}"
+            )
 
 
 def _scale_arrays(absmax: Absmax) -> tuple[jax.Array, ...]:

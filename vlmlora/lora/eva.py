@@ -229,6 +229,9 @@ class _Tap(nnx.Module):
         io_callback(self.sink, None, self.layer.get_value(), x, ordered=False)
         return y
 
+    def factors(self, dtype: Any, key: PRNGKeyArray | None) -> None:
+        """None: it adds no product."""
+
     def expand(self, stack: int) -> "_Tap":
         return self
 

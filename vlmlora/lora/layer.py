@@ -12,8 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from vlmlora.nn.low_rank import Factors
 from vlmlora.nn.variables import Frozen, Trainable
 
 # What a layer needs to compute; `initial_A` and `initial_B` are for saving only and never enter a scan.
@@ -95,16 +97,13 @@ class Lora(nnx.Module):
         Raises:
             ValueError: the adapter has a layer axis; a scan over the layers slices it first.
         """
-        lora_A, lora_B = self.lora_A.get_value(), self.lora_B.get_value()
-        if lora_A.ndim != 2:
-            raise ValueError(f"an adapter of {lora_A.shape[0]} stacked layers is called one layer at a time")
         drops = key is not None and self.dropout > 0
         if drops:
             kept = jax.random.bernoulli(jax.random.fold_in(key, self.salt), 1 - self.dropout, x.shape)
             x = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
         scaling = self.scaling.get_value()
-        # Scaling B before the cast rounds once; a scaling such as alpha/sqrt(r) is no bfloat16 number.
-        change = ((x @ lora_A.astype(x.dtype).T) @ (scaling * lora_B).astype(x.dtype).T).astype(y.dtype)
+        a, b = self._cast_factors(x.dtype)
+        change = ((x @ a.T) @ b.T).astype(y.dtype)
         if self.lora_bias is not None:
             change = change + (scaling * self.lora_bias.get_value()).astype(y.dtype)
         if self.magnitude is None:
@@ -117,6 +116,26 @@ class Lora(nnx.Module):
         else:
             plain = y if base.bias is None else y - base.bias.get_value().astype(y.dtype)
         return y + (scale - 1).astype(y.dtype) * plain + scale.astype(y.dtype) * change
+
+    def factors(self, dtype: DTypeLike, key: PRNGKeyArray | None) -> Factors | None:
+        """A [r, in] and the scaled B [out, r] in `dtype`, where adding their product is all that is done.
+
+        None with a magnitude, with a bias on B, and where dropout changes the input.
+
+        Raises:
+            ValueError: the adapter has a layer axis; a scan over the layers slices it first.
+        """
+        if self.magnitude is not None or self.lora_bias is not None or (key is not None and self.dropout > 0):
+            return None
+        return self._cast_factors(dtype)
+
+    def _cast_factors(self, dtype: DTypeLike) -> Factors:
+        lora_A = self.lora_A.get_value()
+        if lora_A.ndim != 2:
+            raise ValueError(f"an adapter of {lora_A.shape[0]} stacked layers is called one layer at a time")
+        # Scaling B before the cast rounds once; a scaling such as alpha/sqrt(r) is no bfloat16 number.
+        b = self.scaling.get_value() * self.lora_B.get_value()
+        return Factors(lora_A.astype(dtype), b.astype(dtype))
 
     def merged(self, weight: Float[Array, "out in"], index: int | None) -> Float[Array, "out in"]:
         """The layer's weight with this adapter in it.
@@ -193,6 +212,9 @@ class MixedRankLora(nnx.Module):
         """
         ranks = sorted(group.r for group in self.groups)
         raise ValueError(f"an adapter of stacked layers with ranks {ranks} is called one layer at a time")
+
+    def factors(self, dtype: DTypeLike, key: PRNGKeyArray | None) -> None:
+        """None: there are several."""
 
     def expand(self, stack: int) -> Lora:
         """One adapter with an entry for each of `stack` layers, padded with zeros to the largest rank.

@@ -57,6 +57,16 @@ class Weight(Protocol):
         """The weight of one layer of a stack."""
 
 
+@runtime_checkable
+class Framable(Protocol):
+    """A weight that gives out its matrix, of one layer, with others around it."""
+
+    def framed(
+        self, right: Float[Array, "out right"], below: Float[Array, "below wide"]
+    ) -> Float[Array, "high wide"]:
+        """``[[W, right], [below]]`` in the type of `right`; either may be empty."""
+
+
 class _Arrays:
     """What follows from a weight's arrays alone."""
 
@@ -87,6 +97,16 @@ class _Arrays:
         return jax.tree.map(functools.partial(_layer_of, index=index), self)
 
 
+class _Framed:
+    """Other matrices around a weight's own, for one that decodes to an array of its own."""
+
+    def framed(
+        self, right: Float[Array, "out right"], below: Float[Array, "below wide"]
+    ) -> Float[Array, "high wide"]:
+        """``[[W, right], [below]]`` in the type of `right`; either may be empty."""
+        return jnp.concatenate([jnp.concatenate([self.dequantize(right.dtype), right], axis=1), below])
+
+
 def _layer_of(leaf: Leaf, index: int) -> Leaf:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
@@ -95,7 +115,7 @@ def _layer_of(leaf: Leaf, index: int) -> Leaf:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class DenseWeight(_Arrays):
+class DenseWeight(_Arrays, _Framed):
     """A weight stored as it is.
 
     Attributes:
@@ -224,19 +244,29 @@ class NF4Weight(_Arrays):
 
     def dequantize(self, dtype: DTypeLike) -> Float[Array, "*stack out in"]:
         """Decode to `dtype`."""
-        decode = functools.partial(
-            dequantize_4bit,
+        decode = functools.partial(self._decode, dtype=dtype)
+        return (decode if self.stack is None else jax.vmap(decode))(self.codes, self.absmax)
+
+    def framed(
+        self, right: Float[Array, "out right"], below: Float[Array, "below wide"]
+    ) -> Float[Array, "high wide"]:
+        """``[[W, right], [below]]`` in the type of `right`; either may be empty."""
+        return self._decode(self.codes, self.absmax, dtype=right.dtype, right=right, below=below)
+
+    def _decode(self, codes: jax.Array, absmax: jax.Array | NestedAbsmax, **options: Any) -> jax.Array:
+        return dequantize_4bit(
+            codes,
+            absmax,
             shape=self.shape,
-            dtype=dtype,
             quant_type=self.quant_type,
             blocksize=self.blocksize,
+            **options,
         )
-        return (decode if self.stack is None else jax.vmap(decode))(self.codes, self.absmax)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class INT8Weight(_Arrays):
+class INT8Weight(_Arrays, _Framed):
     """A weight of 8 bits an element with one scale a row, as bitsandbytes stores it (LLM.int8()).
 
     Attributes:
@@ -339,6 +369,12 @@ class MixedWeight:
 
         per_layer = (self.kind, self.index)
         return decode(per_layer) if self.stack is None else jax.lax.map(decode, per_layer)
+
+    def framed(
+        self, right: Float[Array, "out right"], below: Float[Array, "below wide"]
+    ) -> Float[Array, "high wide"]:
+        """``[[W, right], [below]]`` in the type of `right`; either may be empty."""
+        return _switch(self.kind, lambda pool: pool.layer(self.index).framed(right, below), self.pools)
 
     def layer(self, index: int | Int[Array, ""]) -> Weight:
         """The weight of one layer as it is stored; under a trace, a mixed weight of one layer."""

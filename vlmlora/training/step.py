@@ -157,6 +157,14 @@ def choose_policy(
     return policy_by_part(step.policy(state, frozen, batch, key))
 
 
+_COMPILER_OPTIONS = {
+    # The copies of one layer's input to and from host memory overlap the computation of its neighbours: they
+    # begin a layer early, and on streams of their own, of which XLA has none by default.
+    "xla_gpu_enable_pipelined_host_offloading": True,
+    "xla_gpu_executable_num_compute_streams": 4,
+}
+
+
 class _Step:
     """A step, compiled once for every shape of its arguments and every way in which they lie on a mesh."""
 
@@ -262,6 +270,9 @@ class _Step:
         key = policy, None if mesh is None else (jax.tree.structure(state), *jax.tree.leaves(shardings))
         if key not in self._jitted:
             self._jitted[key] = jax.jit(
-                self._step if is_given else self._step_of(loss_fn), donate_argnums=0, **where
+                self._step if is_given else self._step_of(loss_fn),
+                donate_argnums=0,
+                compiler_options=_COMPILER_OPTIONS,
+                **where,
             )
         return self._jitted[key]

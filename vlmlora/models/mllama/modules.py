@@ -19,7 +19,7 @@ from vlmlora.models.mllama.cache import ImageCache, MllamaCache
 from vlmlora.models.mllama.vision import VisionModel, gated
 from vlmlora.nn.attention import attention
 from vlmlora.nn.cache import KVCache
-from vlmlora.nn.linear import Embedding, Linear
+from vlmlora.nn.linear import Embedding, Linear, apply_to_same
 from vlmlora.nn.mlp import GatedMLP
 from vlmlora.nn.norm import RMSNorm
 from vlmlora.nn.rotary import Rotary, apply_rotary, rotary, scaled_inverse_frequencies
@@ -62,9 +62,9 @@ class SelfAttention(nnx.Module):
     ) -> tuple[Float[Array, "batch tokens hidden"], tuple[jax.Array, jax.Array]]:
         """Attend within the row, or to one layer's `cache` too; also returns the tokens' keys and values."""
         heads = (*x.shape[:2], -1, self.head_dim)
-        query = apply_rotary(self.q_proj(x, key=key).reshape(heads), rotary)
-        keys = apply_rotary(self.k_proj(x, key=key).reshape(heads), rotary)
-        values = self.v_proj(x, key=key).reshape(heads)
+        projected = apply_to_same(x, self.q_proj, self.k_proj, self.v_proj, key=key)
+        query, keys, values = (each.reshape(heads) for each in projected)
+        query, keys = apply_rotary(query, rotary), apply_rotary(keys, rotary)
         if cache is None:
             out = attention(query, keys, values, is_causal=True)
         else:
@@ -92,8 +92,9 @@ class CrossAttention(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """Keys and values of the images, each [batch, image_tokens, kv_heads, head_dim]."""
         heads = (*features.shape[:2], -1, self.head_dim)
-        keys = self.k_norm(self.k_proj(features, key=key).reshape(heads))
-        return keys, self.v_proj(features, key=key).reshape(heads)
+        projected = apply_to_same(features, self.k_proj, self.v_proj, key=key)
+        keys, values = (each.reshape(heads) for each in projected)
+        return self.k_norm(keys), values
 
     def __call__(
         self,
