@@ -41,7 +41,7 @@ from vlmlora.models.registry import family_of
 from vlmlora.models.saving import save_checkpoint
 from vlmlora.multi_process import on_first_process, with_whole_adapters
 from vlmlora.nn.variables import Trainable
-from vlmlora.training.remat import GradientCheckpointing, remat_policy
+from vlmlora.training.remat import GradientCheckpointing, policy_by_part
 
 
 class FastVisionModel:
@@ -55,7 +55,7 @@ class FastVisionModel:
         adapters: the adapters' arguments, by name.
         active_adapter: name of the adapter that the model computes with and trains; None without one.
         lora_config: the active adapter's arguments; None without one.
-        use_gradient_checkpointing: for `vlmlora.training.loss.make_loss_fn`.
+        use_gradient_checkpointing: the policy, for `vlmlora.training.loss.make_loss_fn`.
         max_seq_length: tokens a row may have.
         directory: where the base's files lie; None for a model that came from none.
         full_finetuning: whether every parameter is trainable.
@@ -159,7 +159,7 @@ class FastVisionModel:
             token: for private repositories.
             revision: branch, tag or commit of the repository.
             local_files_only: use what is in the cache already.
-            use_gradient_checkpointing: a policy, see `vlmlora.training.remat.remat_policy`.
+            use_gradient_checkpointing: a policy, see `vlmlora.training.remat.tower_remats`; or ``"auto"``.
             random_state: Unsloth has it here too; loading draws nothing at random.
             progress: show a bar with bytes and rate.
             mesh: many devices, from `vlmlora.distributed.make_mesh`. Each reads its part of the checkpoint,
@@ -176,7 +176,7 @@ class FastVisionModel:
             FileNotFoundError: no such directory or repository, or no network and nothing in the cache.
         """
         _reject_unknown(FastVisionModel.from_pretrained, unknown)
-        remat_policy(use_gradient_checkpointing)
+        policy_by_part(use_gradient_checkpointing)
         enable_compilation_cache()
         quantize = resolve_load_mode(
             load_in_4bit=load_in_4bit,
@@ -274,7 +274,7 @@ class FastVisionModel:
 
         Args:
             model: from `from_pretrained`.
-            use_gradient_checkpointing: a policy, see `vlmlora.training.remat.remat_policy`.
+            use_gradient_checkpointing: a policy, see `vlmlora.training.remat.tower_remats`; or ``"auto"``.
             random_state: seed of the adapters' initial values; touches no other generator.
             adapter_name: name of the adapter; see `set_adapter`.
             verbose: print the table of selected modules.
@@ -290,7 +290,7 @@ class FastVisionModel:
         """
         arguments = {k: v for k, v in locals().items() if k in LoraConfig.__dataclass_fields__}
         _reject_unknown(FastVisionModel.get_peft_model, unknown)
-        remat_policy(use_gradient_checkpointing)
+        policy_by_part(use_gradient_checkpointing)
         if model.full_finetuning:
             raise ValueError(
                 "the model was loaded with full_finetuning=True, which trains every parameter; "
@@ -326,7 +326,7 @@ class FastVisionModel:
             ValueError: unknown kind of checkpointing.
         """
         if use_gradient_checkpointing is not None:
-            remat_policy(use_gradient_checkpointing)
+            policy_by_part(use_gradient_checkpointing)
             model.use_gradient_checkpointing = use_gradient_checkpointing
         model.training = True
         return model

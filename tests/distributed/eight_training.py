@@ -22,7 +22,7 @@ from vlmlora.models.registry import family_of
 from vlmlora.nn.variables import Trainable
 from vlmlora.quantization.stacks import stack_weights
 from vlmlora.quantization.weights import DenseWeight, INT8Weight, NF4Weight
-from vlmlora.training import remat
+from vlmlora.training import auto, remat
 from vlmlora.training.loss import make_loss_fn
 from vlmlora.training.step import init_train_state, make_train_step
 
@@ -185,6 +185,32 @@ def test_offloaded_layer_inputs_are_named_on_a_mesh(monkeypatch):
     monkeypatch.setattr(remat, "_offloads_to_host", lambda: True)
     gradient = jax.grad(make_loss_fn(graphdef, gradient_checkpointing="unsloth"))
     assert "<host>" in str(jax.make_jaxpr(gradient)(adapters, frozen, BATCH))
+
+
+def test_a_policy_is_chosen_for_each_device(tmp_path, monkeypatch):
+    """A device of eight has an eighth of the activations, beside the same weights."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    optimizer = optax.chain(optax.trace(0.9), optax.sgd(1.0))
+    policy = {"vision": True, "language": "auto"}
+
+    def step_and_arguments(mesh):
+        module = make_model("dense")
+        if mesh is not None:
+            shard_model(module, FAMILY, mesh)
+        graphdef, adapters, frozen = nnx_split(module)
+        loss = make_loss_fn(graphdef, gradient_checkpointing=policy)
+        state = init_train_state(adapters, optimizer)
+        step = make_train_step(loss, optimizer, memory_budget=2**30)
+        return loss, step, (state, frozen, BATCH if mesh is None else place_batch(BATCH, mesh), None)
+
+    mesh = make_mesh(**MESHES["data"])
+    (one_loss, _, on_one), (loss, step, on_eight) = step_and_arguments(None), step_and_arguments(mesh)
+    one, eight = auto.Planner(one_loss, on_one), auto.Planner(loss, on_eight)
+    activations = [each.cost(True).memory - each.held for each in (one, eight)]
+    assert activations[1] == pytest.approx(activations[0] / 8, rel=0.05)
+    assert step.policy(*on_eight) == {"vision": True, "language": auto.ALL}
+    _, metrics = step(*on_eight)
+    np.testing.assert_allclose(metrics["loss"], on_one_device("dense")[1]["loss"], rtol=1e-5)
 
 
 def test_rows_that_do_not_divide_are_refused():

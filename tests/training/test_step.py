@@ -18,8 +18,9 @@ from vlmlora.nn.variables import Trainable
 from vlmlora.training import remat
 from vlmlora.training.loop import fit
 from vlmlora.training.loss import make_loss_fn
+from vlmlora.training.memory import saved_arrays
 from vlmlora.training.optimizer import adamw
-from vlmlora.training.remat import remat_policy
+from vlmlora.training.remat import NAMES, name_of_policy, remat_policy
 from vlmlora.training.step import init_train_state, make_train_step
 
 CONFIG = tiny_config()
@@ -109,6 +110,58 @@ def test_what_is_saved_is_not_computed_twice(parts):
     assert max(count["attention"], count["mlp"]) < count[True]
 
 
+def test_with_all_names_saved_no_product_with_a_base_weight_is_computed_twice(parts):
+    graphdef, adapters, frozen = parts
+    base = {leaf.shape[1:] for leaf in jax.tree.leaves(frozen) if leaf.ndim == 3}
+
+    def products(policy):
+        gradient = jax.grad(make_loss_fn(graphdef, gradient_checkpointing=policy))
+        dots = (e for e in equations(jax.make_jaxpr(gradient)(adapters, frozen, BATCH)))
+        dots = (e for e in dots if e.primitive.name == "dot_general")
+        return sum(any(v.aval.shape in base for v in e.invars) for e in dots)
+
+    everything = dict.fromkeys(NAMES[1:], "save")
+    all_but_one = [{k: v for k, v in everything.items() if k != name} for name in everything]
+    assert products(everything) == products("attention+mlp") == products(False)
+    for policy in all_but_one:
+        # What attention computes is no such product.
+        assert (products(policy) > products(False)) == ("attention_output" in policy)
+
+
+def test_each_part_may_have_a_policy_of_its_own(parts, monkeypatch):
+    graphdef, adapters, frozen = parts
+    monkeypatch.setattr(remat, "_offloads_to_host", lambda: True)
+    sizes = {"vision": CONFIG.vision_config, "language": CONFIG.text_config}
+    assert len({(each.hidden_size, each.intermediate_size) for each in sizes.values()}) == 2
+
+    def saved(policy):
+        """Widths of what is saved of every layer, on the device and on the host."""
+        loss = make_loss_fn(graphdef, gradient_checkpointing=policy)
+        shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in BATCH.items()}
+        arrays, _ = saved_arrays(loss, adapters, frozen, shapes)
+        layers = [a for a in arrays if a.ndim == 4]
+        on_host = {a.shape[-1] for a in layers if "host" in str(a)}
+        return {a.shape[-1] for a in layers} - on_host, on_host
+
+    vision, language = sizes["vision"], sizes["language"]
+    assert saved({"vision": "mlp", "language": "unsloth"}) == (
+        {vision.hidden_size, vision.intermediate_size},
+        {language.hidden_size},
+    )
+    assert saved({"language": {"layer_input": "offload", "mlp_gate": "save"}}) == (
+        {vision.hidden_size, language.intermediate_size},
+        {language.hidden_size},
+    )
+    assert saved({"vision": True, "language": True}) == saved(True)
+
+
+def test_a_policy_is_written_as_short_as_it_can_be():
+    assert name_of_policy({"vision": {}, "language": True}) == "True"
+    assert name_of_policy({"qkv": "recompute", "layer_input": "offload"}) == "'unsloth'"
+    each = {"vision": "mlp", "language": {"mlp_up": "save", "layer_input": "save"}}
+    assert name_of_policy(each) == "{'vision': 'mlp', 'language': {'mlp_up': 'save'}}"
+
+
 @pytest.mark.slow
 def test_named_policies_leave_the_gradient_as_it_is(parts):
     graphdef, adapters, frozen = parts
@@ -118,7 +171,8 @@ def test_named_policies_leave_the_gradient_as_it_is(parts):
         return jax.tree.leaves(jax.jit(jax.grad(loss))(adapters, frozen, BATCH))
 
     plain = gradient(True)
-    for policy in (False, "attention", "mlp", "attention+mlp"):
+    by_part = {"vision": {"mlp_up": "save"}, "language": {"attention_residual": "save", "mlp_gate": "save"}}
+    for policy in (False, "attention", "mlp", "attention+mlp", by_part):
         for a, b in zip(plain, gradient(policy), strict=True):
             # The same operations fused in another way: float32 rounding, as much as between us and PEFT.
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-3 * np.abs(a).max())
@@ -146,6 +200,10 @@ def test_wrong_arguments_are_refused(trained, parts):
         remat_policy({"layer": "save"})
     with pytest.raises(ValueError, match=r"'qkv': 'host'; .*'save', 'offload', 'recompute'"):
         remat_policy({"qkv": "host"})
+    with pytest.raises(ValueError, match=r"'visual': True; .* the parts vision, language"):
+        make_loss_fn(parts[0], gradient_checkpointing={"visual": True, "language": True})
+    with pytest.raises(ValueError, match=r"'some' is unknown; .*'attention\+mlp', 'auto', .*'recompute'"):
+        make_loss_fn(parts[0], gradient_checkpointing={"language": "some"})
     with pytest.raises(ValueError, match="warmup_steps=7"):
         adamw(total_steps=7, warmup_steps=7)
     with pytest.raises(ValueError, match="schedule='step'"):

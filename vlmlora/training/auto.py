@@ -5,12 +5,13 @@ are read from traces of the loss, which compile nothing. The cheapest choice tha
 the compiler's own account decides; the next cheapest follows as long as it does not fit.
 """
 
+import gc
 import hashlib
 import itertools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -59,8 +60,9 @@ MORE_MEMORY = (
     "XLA_PYTHON_CLIENT_MEM_FRACTION=.95 in the environment lets JAX take 95 % of a GPU's memory, not 75 %"
 )
 
-# What the allocator may lose in gaps.
-_MARGIN = 0.02
+MARGIN = 0.02
+"""Share of a device's memory that a choice leaves to the allocator's gaps."""
+
 # A choice stays good until this much more memory is there than when it was made.
 _SAME = 0.05
 _FORMAT = 1
@@ -116,8 +118,7 @@ def bytes_of_program(compiled: jax.stages.Compiled) -> int | None:
 def available_bytes(arguments: PyTree, memory_budget: int | None) -> int | None:
     """Bytes that a program may take on a device, its arguments included; None where there is no limit.
 
-    It is the allocator's limit without what others hold, less a fiftieth for the allocator's gaps; of several
-    devices and processes the least.
+    It is the allocator's limit without what others hold; of several devices and processes the least.
 
     Args:
         arguments: what the program is called with.
@@ -125,9 +126,13 @@ def available_bytes(arguments: PyTree, memory_budget: int | None) -> int | None:
     """
     found = memory_budget
     if found is None:
+        # What only reference cycles hold is free.
+        gc.collect()
         mine = [a for a in jax.tree.leaves(arguments) if isinstance(a, jax.Array)]
         devices = {device for array in mine for device in array.sharding.addressable_devices}
-        free = [_free_bytes(device, mine) for device in devices or jax.local_devices()[:1]]
+        free = [
+            _free_bytes(device, device.memory_stats(), mine) for device in devices or jax.local_devices()[:1]
+        ]
         found = None if None in free else min(free)
     if jax.process_count() > 1:
         of_all = multihost_utils.process_allgather(np.float64(np.inf if found is None else found))
@@ -135,8 +140,9 @@ def available_bytes(arguments: PyTree, memory_budget: int | None) -> int | None:
     return found
 
 
-def _free_bytes(device: jax.Device, arguments: list[jax.Array]) -> int | None:
-    stats = device.memory_stats()
+def _free_bytes(
+    device: jax.Device, stats: Mapping[str, int] | None, arguments: list[jax.Array]
+) -> int | None:
     if not stats or "bytes_limit" not in stats:
         return None
     mine = sum(
@@ -146,7 +152,7 @@ def _free_bytes(device: jax.Device, arguments: list[jax.Array]) -> int | None:
         if shard.device == device
     )
     others = max(0, stats.get("bytes_in_use", 0) - mine)
-    return int((stats["bytes_limit"] - others) * (1 - _MARGIN))
+    return stats["bytes_limit"] - others
 
 
 def choose(
@@ -242,13 +248,20 @@ class Planner:
     """Memory and work of policies, from traces.
 
     What the towers' policies and the halves of a layer cost adds up, so a trace for each of the sets does.
+
+    Attributes:
+        held: bytes of the step's arguments on a device.
+
+    Args:
+        loss: its policy says which parts have a choice.
+        arguments: state, frozen parameters, batch and key, as the step takes them.
     """
 
     def __init__(self, loss: CheckpointedLoss, arguments: tuple[Any, ...]):
         self._loss = loss
         self._state, self._frozen, self._batch, self._key = arguments
         self._shards = _shards(arguments)
-        self._held = sum(map(_bytes_on_a_device, arguments[:3]))
+        self.held = sum(map(_bytes_on_a_device, arguments[:3]))
         self._traced: dict[str, np.ndarray] = {}
         self._parts = policy_by_part(loss.gradient_checkpointing)
         self._largest_product = 0
@@ -302,11 +315,14 @@ class Planner:
         def more(places: Mapping[str, str]) -> np.ndarray:
             return self._trace(self._given({}) | {part: places}) - base
 
-        inputs = [{}, {LAYER_INPUT: "offload"}] if has_pinned_host() else [{}]
-        return [
-            (of_input | attention | mlp, more(of_input) + more(attention) + more(mlp))
-            for of_input, attention, mlp in itertools.product(inputs, ATTENTION_SETS, MLP_SETS)
-        ]
+        def costs(sets: Sequence[dict[str, str]]) -> list[tuple[dict[str, str], np.ndarray]]:
+            # Where all of it changes nothing, as in a tower that does not run, neither does a part.
+            largest = more(sets[-1])
+            return [(places, more(places) if largest.any() else largest) for places in sets]
+
+        inputs = costs(({}, {LAYER_INPUT: "offload"}) if has_pinned_host() else ({},))
+        several = itertools.product(inputs, costs(ATTENTION_SETS), costs(MLP_SETS))
+        return [(a | b | c, cost_a + cost_b + cost_c) for (a, cost_a), (b, cost_b), (c, cost_c) in several]
 
     def _trace(self, policy: GradientCheckpointing) -> np.ndarray:
         """Bytes on the device, on the host, work, and bytes of a step of each scan."""
@@ -323,7 +339,7 @@ class Planner:
         # A layer that is computed again lies there whole; so does the largest product with its gradient.
         again = max((a - b for a, b in zip_longest(self._everything[3:], layers, fillvalue=0)), default=0)
         activations = device + max(again, 2 * 4 * self._largest_product)
-        memory = self._held + round(activations / self._shards)
+        memory = self.held + round(activations / self._shards)
         return Candidate(policy, memory, round(flops + OFFLOAD_FLOPS_PER_BYTE * host))
 
 

@@ -64,6 +64,7 @@ def fit(
             its last. A run so continued is bit for bit the one that was not interrupted, on the same devices.
 
     Raises:
+        StepTooLargeError: the step does not fit the device; nothing was trained.
         FloatingPointError: the loss is not finite; the message names the step.
         ValueError: `batches` held no batch; or `resume` without `checkpoints`, or with those of another run.
         FileExistsError: `checkpoints` holds some already, and `resume` is False.

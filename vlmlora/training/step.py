@@ -14,6 +14,7 @@ from rich.console import Console
 
 from vlmlora.distributed import mesh_of, place_batch, replicate_unplaced
 from vlmlora.training.auto import (
+    MARGIN,
     Planner,
     Program,
     available_bytes,
@@ -211,6 +212,9 @@ class _Step:
 
     def _program(self, arguments: tuple[Any, ...]) -> Program:
         leaves, structure = jax.tree.flatten(arguments)
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            # Inside another program, which alone is compiled.
+            return Program(None, self._jit(self._loss_fn, arguments[0]), None)
         of_leaves = tuple((leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)) for leaf in leaves)
         if (structure, of_leaves) not in self._programs:
             self._programs[structure, of_leaves] = self._compile_what_fits(arguments)
@@ -224,6 +228,8 @@ class _Step:
     def _compile_what_fits(self, arguments: tuple[Any, ...]) -> Program:
         available = available_bytes(arguments[:3], self._memory_budget)
         if self._is_open:
+            if available is not None and self._memory_budget is None:
+                available = int(available * (1 - MARGIN))
 
             def compile_with(policy: GradientCheckpointing) -> Program:
                 return self._compile(self._loss_fn.with_checkpointing(policy), arguments)
@@ -236,7 +242,7 @@ class _Step:
                 description={"memory_budget": self._memory_budget},
             )
             if self._verbose and jax.process_index() == 0:
-                Console().print(message, highlight=False)
+                Console().print(message, highlight=False, soft_wrap=True)
             return program
         program = self._compile(self._loss_fn, arguments)
         if not fits(program, available):
