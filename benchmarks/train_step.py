@@ -267,9 +267,10 @@ def _size(work: str) -> tuple[int, int]:
     return rows, tokens
 
 
-def _area(work: str) -> int:
+def _area(work: str) -> tuple[int, int]:
+    """What orders works by memory: tokens, and of as many the rows, each with an image."""
     rows, tokens = _size(work)
-    return rows * tokens
+    return rows * tokens, rows
 
 
 def _policy(text: str) -> Any:
