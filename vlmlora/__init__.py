@@ -15,6 +15,7 @@ _EXPORTS = {
     "fit": "vlmlora.training.loop",
     "inspect_model": "vlmlora.inspection",
     "merge_checkpoint": "vlmlora.merging",
+    "choose_policy": "vlmlora.training.step",
     "init_train_state": "vlmlora.training.step",
     "make_loss_fn": "vlmlora.training.loss",
     "make_train_step": "vlmlora.training.step",

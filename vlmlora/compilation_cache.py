@@ -6,6 +6,16 @@ from pathlib import Path
 import jax
 
 
+def cache_directory() -> Path | None:
+    """Where the package keeps what would take long to find out again: ``$XDG_CACHE_HOME/vlmlora``.
+
+    By default that is ``~/.cache/vlmlora``. None where JAX was told to keep nothing.
+    """
+    if not jax.config.jax_enable_compilation_cache:
+        return None
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlmlora"
+
+
 def enable_compilation_cache() -> Path | None:
     """Keep compiled programs in the user's cache directory, unless JAX was told where, or told not to.
 
@@ -23,6 +33,6 @@ def enable_compilation_cache() -> Path | None:
         return Path(jax.config.jax_compilation_cache_dir)
     if jax.default_backend() == "cpu":
         return None
-    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlmlora" / "xla"
+    directory = cache_directory() / "xla"
     jax.config.update("jax_compilation_cache_dir", str(directory))
     return directory

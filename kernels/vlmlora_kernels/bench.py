@@ -1,196 +1,518 @@
 """Time the kernels beside cuBLAS and bitsandbytes: ``python -m vlmlora_kernels.bench``.
 
-Prints a table and writes it with device, versions and command. Times are those of the GPU's own clock
-around each kernel (CUPTI), the median of five runs, each over several weights in turn, so that none stays in
-the cache. With ``--sweep`` it times other tiles of the fused product instead, for
-`vlmlora_kernels.hopper.tuning`.
+Prints a table and writes it, one JSON row a line, with device, versions and command. ``--quick`` takes the
+language linears of the 7B model alone; ``--sweep`` times other tiles of the fused products of few tokens and
+prints the table that `vlmlora_kernels.hopper.tuning` should hold.
+
+Times are those of the GPU's own clock around each kernel (CUPTI), the median of several runs. Before each
+product a kernel reads more than the L2 cache holds, so that weights come from memory as in a model. The
+products of a weight and a number of tokens make one program, ordered by barriers; programs compile in
+parallel, and only then is anything timed. Products go to cuBLAS by its own choice of algorithm, as in
+torch, unless ``--autotune`` lets XLA time them first.
 """
 
 import argparse
+import dataclasses
 import datetime
+import functools
 import importlib.util
-import itertools
 import json
+import math
+import os
 import shlex
 import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.mosaic.gpu import profiler
 
 from vlmlora_kernels import CODE_BOOKS, DYNAMIC_CODE, NestedAbsmax, dequantize_4bit, matmul_4bit, matmul_int8
 from vlmlora_kernels.dispatch import explain
-from vlmlora_kernels.hopper import matvec
-from vlmlora_kernels.hopper.tuning import FUSED_TOKENS
+from vlmlora_kernels.hopper import matvec, tuning
+from vlmlora_kernels.hopper.launch import Kernel
 
-SHAPES = {
+LANGUAGE = {
     "Qwen2.5-VL-7B": [(18944, 3584), (3584, 18944), (3584, 3584), (512, 3584)],
-    "Llama-3.2-11B-Vision": [(14336, 4096), (4096, 14336), (4096, 4096)],
-    "72B": [(29568, 8192), (8192, 29568), (8192, 8192)],
+    "Llama-3.2-11B-Vision": [(14336, 4096), (4096, 14336), (4096, 4096), (1024, 4096)],
+    "72B": [(29568, 8192), (8192, 29568), (8192, 8192), (1024, 8192)],
 }
+"""Shapes [out, in] of the linears of a layer, each once."""
+
+VISION = {
+    "Qwen2.5-VL-7B": [(3840, 1280), (1280, 1280), (3420, 1280), (1280, 3420), (5120, 5120), (3584, 5120)],
+    "Llama-3.2-11B-Vision": [(1280, 1280), (5120, 1280), (1280, 5120), (4096, 7680)],
+    "72B": [(8192, 5120)],
+}
+"""The same of vision towers and projectors; the tower of the 72B model is that of the 7B."""
+
 TOKENS = (1, 4, 16, 64, 512, 2048, 8192)
-_CACHE = 128 * 2**20  # bytes that rotate, twice the L2 of an H200
+SWEPT = [(18944, 3584), (3584, 18944), (3584, 3584)]
+BACKWARD_FROM = 512  # tokens; fewer are generation, which has no backward pass
+_EVICTED_BYTES = 2**28  # five times the L2 cache of an H100 or H200
+_CEILING_BYTES = 2**31
+_RUNS = 5
+
+Shape = tuple[int, int]
+Row = dict[str, Any]
 
 
-def time_us(function: Callable, calls: list[tuple]) -> float:
+def read_all(size: int, blocks: int = 528) -> Kernel:
+    """A kernel that reads `size` bytes, int32 [size / 4], and writes a word a thread."""
+    warps, loads = 8, 4
+    threads = 32 * warps
+    stride = 16 * threads * blocks
+    steps = size // (stride * loads)
+
+    def body(t: ModuleType, inputs: list, out: Any, scratch: list) -> None:
+        index = t.block() * threads + t.thread()
+        source = inputs[0].shifted(index << 4)
+
+        def step(number: Any, carry: list) -> list:
+            words = [
+                word
+                for load in range(loads)
+                for word in t.load_words(source, number * (stride * loads) + load * stride, 4, once=True)
+            ]
+            return [functools.reduce(lambda a, b: a ^ b, words, t.Word(carry[0])).value]
+
+        total = t.loop(t.Word(steps), [t.Word(0).value], step)
+        t.store_words(out, index << 2, [t.Word(total[0])])
+
+    return Kernel(
+        body,
+        shape=(threads * blocks,),
+        dtype=jnp.int32,
+        grid=blocks,
+        warps=warps,
+        scratch=(1,),
+        name="evict_cache",
+    )
+
+
+def in_turn(operations: list[Callable]) -> Callable:
+    """A function of a large buffer and of operands that runs each operation on them after an eviction."""
+    kernel = read_all(_EVICTED_BYTES)
+    evict = jax.jit(lambda buffer: kernel(buffer))  # lowered once
+
+    def run(buffer: jax.Array, operands: Any) -> list:
+        results = []
+        for operation in operations:
+            read = evict(buffer)
+            buffer, operands, read = jax.lax.optimization_barrier((buffer, operands, read))
+            result = operation(*operands)
+            buffer, operands, result = jax.lax.optimization_barrier((buffer, operands, result))
+            results.append((read, result))
+        return results
+
+    return run
+
+
+def times_us(compiled: Any, buffer: jax.Array, operands: Any, count: int, runs: int = _RUNS) -> list[float]:
+    """Microseconds of each of the `count` operations of a compiled `in_turn`."""
+    _, measured = profiler.measure(compiled, aggregate=False, iterations=runs)(buffer, operands)
+    samples: list[list[float]] = [[] for _ in range(count)]
+    for kernels in measured if runs > 1 else [measured]:
+        sums: list[float] = []
+        for name, milliseconds in kernels:
+            if "evict_cache" in name:
+                sums.append(0.0)
+            else:
+                sums[-1] += milliseconds * 1e3
+        if len(sums) != count:
+            raise RuntimeError(f"{count} operations were to run, and the profiler saw {len(sums)}")
+        for sample, total in zip(samples, sums, strict=True):
+            sample.append(total)
+    return [statistics.median(sample) for sample in samples]
+
+
+def time_us(function: Callable, calls: list[tuple], options: dict | None = None) -> float:
     """Microseconds of GPU time that one call of `function` takes, over the argument tuples of `calls`."""
     each = jax.jit(function)
     leaves, structure = jax.tree.flatten(calls)
     together = jax.jit(lambda *flat: [each(*call) for call in jax.tree.unflatten(structure, flat)])
-    _, runs = profiler.measure(together.lower(*leaves).compile(), aggregate=False, iterations=5)(*leaves)
-    return statistics.median(sum(ms for _, ms in run) for run in runs) * 1e3 / len(calls)
+    compiled = together.lower(*leaves).compile(compiler_options=options)
+    _, measured = profiler.measure(compiled, aggregate=True, iterations=_RUNS)(*leaves)
+    return statistics.median(measured) * 1e3 / len(calls)
 
 
-def random_weights(shape: tuple[int, int]) -> list[tuple]:
-    """Enough doubly quantised 4-bit weights to overflow the cache: codes and scales."""
-    size = shape[0] * shape[1]
-    blocks = size // 64
-    count = max(2, min(16, -(-_CACHE // (size // 2))))
-    weights = []
-    for seed in range(count):
-        one, two, three = jax.random.split(jax.random.key(seed), 3)
-        scales = NestedAbsmax(
-            jax.random.bits(two, (blocks,), jnp.uint8),
-            jax.random.uniform(three, (-(-blocks // 256),), minval=0.001, maxval=0.01),
-            jnp.asarray(DYNAMIC_CODE),
-            jnp.float32(0.03),
-        )
-        weights.append((jax.random.bits(one, (size // 2,), jnp.uint8), scales))
-    return weights
+@functools.cache
+def _bytes(size: int) -> np.ndarray:
+    return np.frombuffer(np.random.default_rng(0).bytes(size), np.uint8)
 
 
-def ceilings() -> dict[str, float]:
-    """What the card reaches: bytes read and written by a copy, and a large bfloat16 product."""
-    x = jax.random.normal(jax.random.key(0), (2**30,), jnp.bfloat16)
-    copy = time_us(lambda x: x + jnp.bfloat16(1), [(x,)])
-    a = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
-    product = time_us(lambda a, b: a @ b, [(a, a)])
-    return {"copy TB/s": 2 * x.nbytes / copy / 1e6, "bf16 TFLOP/s": 2 * 8192**3 / product / 1e6}
+@functools.cache
+def _numbers(size: int) -> np.ndarray:
+    return np.resize(np.random.default_rng(0).standard_normal(2**20, np.float32).astype(jnp.bfloat16), size)
+
+
+def _some(make: Callable, *shape: int) -> np.ndarray:
+    """Random elements, a view of an array that arrays of similar size share."""
+    size = math.prod(shape)
+    return make(1 << (size - 1).bit_length())[:size].reshape(shape)
+
+
+def random_operands(shape: Shape, tokens: int | None) -> dict[str, Any]:
+    """What the operations on a weight of `shape` take: all kinds of the weight, `x` and `dy`."""
+    size = math.prod(shape)
+    blocks = -(-size // 64)
+    operands = {
+        "codes": _some(_bytes, size // 2),
+        "scales": NestedAbsmax(
+            _some(_bytes, blocks),
+            np.linspace(0.001, 0.01, -(-blocks // 256), dtype=np.float32),
+            np.asarray(DYNAMIC_CODE),
+            np.float32(0.03),
+        ),
+        "values": _some(_bytes, *shape).view(np.int8),
+        "scale": np.linspace(0.5, 1, shape[0], dtype=np.float32),
+        "dense": _some(_numbers, *shape),
+    }
+    if tokens is not None:
+        operands["x"] = _some(_numbers, tokens, shape[1])
+        operands["dy"] = _some(_numbers, tokens, shape[0])
+    return operands
+
+
+def random_weights(shape: Shape, count: int = 4) -> list[tuple]:
+    """Doubly quantised 4-bit weights that differ: codes and scales."""
+    operands = random_operands(shape, None)
+    return [
+        (jnp.asarray(np.roll(operands["codes"], 64 * i)), jax.tree.map(jnp.asarray, operands["scales"]))
+        for i in range(count)
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """Something that is timed.
+
+    Attributes:
+        what: ``"decode"``, ``"x @ W.T"`` or ``"dy @ W"``.
+        who: whose it is: ``"nf4"``, ``"int8"``, or ``"bf16"`` for the dense product.
+        operands: names in `random_operands`.
+        run: the function of these operands.
+    """
+
+    what: str
+    who: str
+    operands: tuple[str, ...]
+    run: Callable
+
+
+def operations(shape: Shape, tokens: int | None) -> list[Operation]:
+    """What is timed for a weight and a number of tokens, or with None without any."""
+
+    def decode(codes: jax.Array, scales: NestedAbsmax, how: str | None = None) -> jax.Array:
+        return dequantize_4bit(codes, scales, shape=shape, dtype=jnp.bfloat16, implementation=how)
+
+    def backward(product: Callable) -> Callable:
+        def run(dy: jax.Array, *weight: Any) -> jax.Array:
+            x = jnp.zeros((dy.shape[0], shape[1]), dy.dtype)
+            return jax.vjp(lambda x: product(x, *weight), x)[1](dy)[0]
+
+        return run
+
+    if tokens is None:
+        weight = ("codes", "scales")
+        return [
+            Operation("decode", "nf4", weight, decode),
+            Operation("decode", "xla", weight, lambda *w: decode(*w, "xla")),
+        ]
+    products = {
+        "nf4": (("codes", "scales"), lambda x, *w: matmul_4bit(x, *w, shape=shape)),
+        "int8": (("values", "scale"), matmul_int8),
+        "bf16": (("dense",), lambda x, w: x @ w.T),
+    }
+    found = [Operation("x @ W.T", who, ("x", *names), run) for who, (names, run) in products.items()]
+    if tokens >= BACKWARD_FROM:
+        found += [
+            Operation("dy @ W", who, ("dy", *names), backward(run)) for who, (names, run) in products.items()
+        ]
+    return found
+
+
+def floor_us(operation: Operation, shape: Shape, tokens: int | None, limits: dict[str, float]) -> float:
+    """The least time that memory and arithmetic allow."""
+    size = math.prod(shape)
+    weight = {"int8": size + 4 * shape[0], "bf16": 2 * size}.get(operation.who, size / 2 + size / 64)
+    activations = 2 * size if tokens is None else 2 * tokens * sum(shape)
+    flops = 0 if tokens is None else 2 * tokens * size
+    return max((weight + activations) / limits["memory TB/s"] / 1e6, flops / limits["bf16 TFLOP/s"] / 1e6)
+
+
+def compile_in_turn(functions: list[Callable], operands: Any, options: dict) -> Any:
+    """Compile `in_turn` of functions that each take all `operands`, for the types of these."""
+    buffer = jax.ShapeDtypeStruct((_EVICTED_BYTES // 4,), jnp.int32)
+    types = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), operands)
+    return jax.jit(in_turn(functions)).lower(buffer, types).compile(compiler_options=options)
+
+
+def compile_all(jobs: Iterable[tuple[Any, Callable]]) -> dict[Any, Any]:
+    """The results of the jobs by their keys, in parallel; a job that fails leaves its exception."""
+
+    def attempt(job: Callable) -> Any:
+        try:
+            return job()
+        except Exception as error:  # The other products are still worth their time on the GPU.
+            return error
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        pending = {key: pool.submit(attempt, job) for key, job in jobs}
+        return {key: future.result() for key, future in pending.items()}
+
+
+def ceilings(options: dict) -> dict[str, float]:
+    """What the card reaches: bytes a second of a copy or of reading alone, and a large bfloat16 product."""
+    x = jnp.ones((_CEILING_BYTES // 2,), jnp.bfloat16)
+    copy = 2 * x.nbytes / time_us(lambda x: x + jnp.bfloat16(1), [(x,)]) / 1e6
+    words = jnp.ones((_CEILING_BYTES // 4,), jnp.int32)
+    read = words.nbytes / time_us(read_all(_CEILING_BYTES), [(words,)]) / 1e6
+    a = jnp.asarray(_some(_numbers, 8192, 8192))
+    product = 2 * 8192**3 / time_us(lambda a, b: a @ b, [(a, a)], options) / 1e6
+    limits = {"copy TB/s": copy, "read TB/s": read, "memory TB/s": max(copy, read), "bf16 TFLOP/s": product}
+    return {name: round(value, 2) for name, value in limits.items()}
 
 
 def measure(
-    shape: tuple[int, int], tokens: tuple[int, ...], limits: dict[str, float]
-) -> list[dict[str, Any]]:
-    """Rows of the table for one weight: decoding, then products forward and backward."""
-    size = shape[0] * shape[1]
-    weights = random_weights(shape)
-    dense = [jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(min(4, len(weights)))]
-    floor = (size * 2.5 + size / 64) / limits["copy TB/s"] / 1e6
-    rows = []
+    shapes: list[Shape], tokens: tuple[int, ...], limits: dict[str, float], options: dict
+) -> list[Row]:
+    """Rows of the table: decoding, and products forward and backward."""
 
-    def row(what: str, count: int | None, floor: float, **times: float) -> None:
-        best = {"shape": list(shape), "what": what, "tokens": count, "floor": round(floor, 2)}
-        rows.append(best | {name: round(us, 2) for name, us in times.items()})
-        print(" ".join(str(value) for value in rows[-1].values()), flush=True)
+    def job(shape: Shape, count: int | None) -> Callable:
+        operands = random_operands(shape, count)
+        names = list(operands)
 
-    def decode(codes: jax.Array, absmax: NestedAbsmax, implementation: str | None) -> jax.Array:
-        return dequantize_4bit(codes, absmax, shape=shape, dtype=jnp.bfloat16, implementation=implementation)
+        def on_all(operation: Operation) -> Callable:
+            return lambda *arrays: operation.run(*[arrays[names.index(name)] for name in operation.operands])
 
-    row(
-        "decode",
-        None,
-        floor,
-        ours=time_us(lambda *w: decode(*w, None), weights[:4]),
-        xla=time_us(lambda *w: decode(*w, "xla"), weights[:4]),
-    )
-    for count, is_backward in itertools.product(tokens, (False, True)):
-        if is_backward and count < 512:
+        functions = [on_all(operation) for operation in operations(shape, count)]
+        return lambda: compile_in_turn(functions, list(operands.values()), options)
+
+    keys = [(shape, count) for shape in shapes for count in (None, *tokens)]
+    start = time.time()
+    programs = compile_all((key, job(*key)) for key in keys)
+    print(f"{len(programs)} programs compiled in {time.time() - start:.0f} s", flush=True)
+    buffer = jnp.zeros((_EVICTED_BYTES // 4,), jnp.int32)
+    rows: list[Row] = []
+    on_device: dict[str, Any] = {}
+    for (shape, count), program in programs.items():
+        wanted = operations(shape, count)
+        name = {"shape": list(shape), "tokens": count}
+        if isinstance(program, Exception):
+            print("failed:", name, program, flush=True)
+            rows.append(name | {"error": str(program).splitlines()[0]})
             continue
-        inputs = shape[0] if is_backward else shape[1]
-        calls = len(weights) if count <= 64 else 2
-        xs = [jax.random.normal(jax.random.key(i), (count, inputs), jnp.bfloat16) for i in range(calls)]
-
-        def product(x: jax.Array, *weight: Any, is_backward: bool = is_backward) -> jax.Array:
-            if is_backward:
-                return x @ decode(*weight, None)
-            return matmul_4bit(x, *weight, shape=shape)
-
-        # As many products as weights: XLA would join two that share a weight.
-        baseline = time_us(
-            lambda x, w, is_backward=is_backward: x @ (w if is_backward else w.T),
-            list(zip(xs[: len(dense)], dense, strict=False)),
-        )
-        ours = time_us(product, [(x, *w) for x, w in zip(xs, weights, strict=False)])
-        read = (size / 2 + size / 64) / limits["copy TB/s"] / 1e6
-        compute = 2 * count * size / limits["bf16 TFLOP/s"] / 1e6
-        row("dy @ W" if is_backward else "x @ W.T", count, max(read, compute), ours=ours, bf16=baseline)
-    for count in (1, 16):
-        if count in tokens:
-            values = [jax.random.randint(jax.random.key(i), shape, -127, 128, jnp.int8) for i in range(4)]
-            scale = jnp.ones(shape[0])
-            x = [jax.random.normal(jax.random.key(i), (count, shape[1]), jnp.bfloat16) for i in range(4)]
-            us = time_us(
-                lambda x, v, scale=scale: matmul_int8(x, v, scale), list(zip(x, values, strict=True))
-            )
-            row("int8 x @ W.T", count, size / limits["copy TB/s"] / 1e6, ours=us)
+        if count is None:  # the first program of a weight
+            on_device = {}
+        for key, operand in random_operands(shape, count).items():
+            if key in ("x", "dy") or key not in on_device:
+                on_device[key] = jax.tree.map(jnp.asarray, operand)
+        runs = 3 if (count or 0) > BACKWARD_FROM else _RUNS
+        found = times_us(program, buffer, list(on_device.values()), len(wanted), runs)
+        for operation, us in zip(wanted, found, strict=True):
+            floor = floor_us(operation, shape, count, limits)
+            row = name | {"what": operation.what, "who": operation.who, "us": round(us, 2)}
+            rows.append(row | {"floor_us": round(floor, 2), "of_roofline": round(floor / us, 3)})
     return rows
 
 
-def peers(shape: tuple[int, int], tokens: tuple[int, ...]) -> list[dict[str, Any]]:
-    """The same of torch's cuBLAS and of bitsandbytes, if both are installed."""
-    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("bitsandbytes") is None:
+def peers(shapes: list[Shape], tokens: tuple[int, ...]) -> list[Row]:
+    """The same of torch's cuBLAS and of bitsandbytes, where they are installed."""
+    missing = [name for name in ("torch", "bitsandbytes") if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"not installed, and left out: {', '.join(missing)}", flush=True)
+    if "torch" in missing:
         return []
-    import bitsandbytes
     import torch
-    from bitsandbytes.functional import dequantize_4bit as decode
-    from bitsandbytes.functional import quantize_4bit as encode
 
-    def time_torch(calls: list[Callable]) -> float:
-        for call in calls:
-            call()
-        torch.cuda.synchronize()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            for _ in range(3):
-                for call in calls:
-                    call()
-            torch.cuda.synchronize()
-        total = sum(event.self_device_time_total for event in profile.key_averages())
-        return round(total / len(calls) / 3, 2)
+    nf4 = None
+    if "bitsandbytes" not in missing:
+        import bitsandbytes as nf4
 
-    dense = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(4)]
-    packed = [encode(w, quant_type="nf4", compress_statistics=True) for w in dense]
-    name = {"shape": list(shape)}
-    rows = [
-        name | {"what": "decode", "tokens": None, "bnb": time_torch([lambda q=q: decode(*q) for q in packed])}
-    ]
-    with torch.no_grad():
+    def calls(shape: Shape) -> list[tuple[Row, Callable]]:
+        dense = torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.02
+        found = []
+        if nf4:
+            packed, state = nf4.functional.quantize_4bit(dense, quant_type="nf4", compress_statistics=True)
+            decode = functools.partial(nf4.functional.dequantize_4bit, packed, state)
+            found.append(({"tokens": None, "what": "decode", "who": "bitsandbytes"}, decode))
         for count in tokens:
             x = torch.randn(count, shape[1], device="cuda", dtype=torch.bfloat16)
-            bnb = time_torch([lambda q=q, x=x: bitsandbytes.matmul_4bit(x, q[0].t(), q[1]) for q in packed])
-            bf16 = time_torch([lambda w=w, x=x: x @ w.T for w in dense])
-            rows.append(name | {"what": "x @ W.T", "tokens": count, "bnb": bnb, "torch_bf16": bf16})
-    for row in rows:
-        print(" ".join(str(value) for value in row.values()), flush=True)
-    return rows
+            dy = torch.randn(count, shape[0], device="cuda", dtype=torch.bfloat16)
+            products = [("x @ W.T", "torch_bf16", lambda x=x: x @ dense.T)]
+            if nf4:
+                run = lambda x=x: nf4.matmul_4bit(x, packed.t(), state)  # noqa: E731
+                products.append(("x @ W.T", "bitsandbytes", run))
+            if count >= BACKWARD_FROM:
+                products.append(("dy @ W", "torch_bf16", lambda dy=dy: dy @ dense))
+                if nf4:
+                    products.append(("dy @ W", "bitsandbytes", lambda dy=dy: dy @ decode()))
+            found += [({"tokens": count, "what": what, "who": who}, run) for what, who, run in products]
+        return [({"shape": list(shape)} | name, run) for name, run in found]
+
+    # Its sums over rows are one kernel, which nothing else that is timed runs.
+    evicted = torch.zeros(_EVICTED_BYTES // 4096, 1024, device="cuda")
+    samples: list[tuple[Row, list[float]]] = []
+    with torch.no_grad():
+        for shape in shapes:
+            found = calls(shape)
+            for _, run in found:
+                run()
+            torch.cuda.synchronize()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                for _ in range(3):
+                    for _, run in found:
+                        torch.sum(evicted, 1)
+                        run()
+                torch.cuda.synchronize()
+            kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+            sums: list[float] = []
+            for kernel in sorted(kernels, key=lambda event: event.time_range.start):
+                if "at::native::reduce_kernel" in kernel.name:
+                    sums.append(0.0)
+                elif sums:
+                    sums[-1] += kernel.time_range.elapsed_us()
+            if len(sums) != 3 * len(found):
+                raise RuntimeError(f"{3 * len(found)} operations were to run; the profiler saw {len(sums)}")
+            samples += [(name, sums[i :: len(found)]) for i, (name, _) in enumerate(found)]
+    return [name | {"us": round(statistics.median(sample), 2)} for name, sample in samples]
 
 
-def sweep(shape: tuple[int, int], tokens: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Times of the fused product with other tiles."""
-    weights = random_weights(shape)
-    rows = []
-    for count in (count for count in tokens if count <= FUSED_TOKENS):
-        xs = [
-            jax.random.normal(jax.random.key(i), (count, shape[1]), jnp.bfloat16) for i in range(len(weights))
+def candidates(tokens: int) -> list[tuning.FewTokens]:
+    """Rows of the table of tiles to try for as many tokens: those of the table, and others."""
+    row = functools.partial(tuning.FewTokens, tokens)
+    if tokens <= 4:
+        tried = [
+            row(row_tiles=1, warps=18, lookahead=1, unit=4, stages=0, cluster=1),
+            row(row_tiles=1, warps=18, lookahead=1, unit=4, stages=0, cluster=4),
+            row(row_tiles=1, warps=24, lookahead=1, unit=2, stages=0, cluster=1),
+            row(row_tiles=2, warps=12, lookahead=1, unit=4, stages=0, cluster=1),
+            row(row_tiles=2, warps=12, lookahead=1, unit=4, stages=0, cluster=2),
+            row(row_tiles=2, warps=16, lookahead=1, unit=2, stages=0, cluster=1),
         ]
-        for cut in itertools.product((1, 2, 5, 9), (1, 2, 4, 8), (1, 2), (1, 2, 3)):
-            tuning = matvec.Tuning(*cut)
-            if tuning.warps > 20 or shape[1] // 64 // tuning.splits < matvec.UNIT:
-                continue
-            decoder = matvec.FourBit(CODE_BOOKS["nf4"], nested=True)
-            try:
-                kernel = matvec.matmul(decoder, tokens=count, shape=shape, tuning=tuning)
-                calls = [(x, codes, *absmax) for x, (codes, absmax) in zip(xs, weights, strict=True)]
-                us = round(time_us(lambda *args, kernel=kernel: kernel(*args), calls), 2)
-            except ValueError as error:  # more shared memory than there is
-                us = str(error)
-            rows.append({"shape": list(shape), "tokens": count, "tuning": list(cut), "us": us})
-            print(rows[-1], flush=True)
-    return rows
+    elif tokens <= 16:
+        tried = [
+            row(row_tiles=2, warps=12, lookahead=2, unit=2, stages=0, cluster=1),
+            row(row_tiles=2, warps=12, lookahead=1, unit=4, stages=0, cluster=1),
+            row(row_tiles=2, warps=12, lookahead=1, unit=4, stages=2, cluster=1),
+            row(row_tiles=2, warps=12, lookahead=1, unit=4, stages=2, cluster=4),
+            row(row_tiles=2, warps=16, lookahead=1, unit=2, stages=2, cluster=1),
+            row(row_tiles=1, warps=20, lookahead=1, unit=4, stages=2, cluster=1),
+        ]
+    else:
+        tried = [
+            row(row_tiles=2, warps=12, lookahead=1, unit=2, stages=2, cluster=4),
+            row(row_tiles=2, warps=12, lookahead=1, unit=2, stages=2, cluster=1),
+            row(row_tiles=2, warps=12, lookahead=1, unit=2, stages=3, cluster=2),
+            row(row_tiles=3, warps=8, lookahead=1, unit=2, stages=2, cluster=4),
+            row(row_tiles=1, warps=16, lookahead=2, unit=2, stages=2, cluster=4),
+            row(row_tiles=2, warps=8, lookahead=1, unit=4, stages=0, cluster=1),
+        ]
+    now = [known for rows in tuning.FEW_TOKENS.values() for known in rows if known.tokens == tokens]
+    return list(dict.fromkeys([*tried, *now]))
+
+
+def sweep(shapes: list[Shape], options: dict) -> tuple[list[Row], str]:
+    """Times of the fused products with other tiles, and the table of the best, as Python."""
+    classes = [row.tokens for row in tuning.FEW_TOKENS["nf4"]]
+    books = {"nf4": matvec.FourBit(CODE_BOOKS["nf4"], nested=True), "int8": matvec.EightBit()}
+
+    def arrays(kind: str, shape: Shape, count: int) -> list:
+        operands = random_operands(shape, count)
+        weight = ("codes", "scales") if kind == "nf4" else ("values", "scale")
+        return [operands["x"], *(leaf for name in weight for leaf in jax.tree.leaves(operands[name]))]
+
+    def distinct(shape: Shape, count: int) -> dict[matvec.Tuning, list[tuning.FewTokens]]:
+        found: dict[matvec.Tuning, list[tuning.FewTokens]] = {}
+        for row in candidates(count):
+            found.setdefault(tuning.cut(row, count, shape), []).append(row)
+        return found
+
+    def job(kind: str, shape: Shape, count: int, cut: matvec.Tuning) -> Callable:
+        def compiled() -> Any:
+            kernel = matvec.matmul(books[kind], tokens=count, shape=shape, tuning=cut)
+            return compile_in_turn([kernel], arrays(kind, shape, count), options)
+
+        return compiled
+
+    keys = [
+        (kind, shape, count, cut)
+        for kind in books
+        for shape in shapes
+        for count in classes
+        for cut in distinct(shape, count)
+    ]
+    programs = compile_all((key, job(*key)) for key in keys)
+    buffer = jnp.zeros((_EVICTED_BYTES // 4,), jnp.int32)
+    rows = []
+    times: dict[tuple[str, int], dict[tuning.FewTokens, list[float]]] = {}
+    for (kind, shape, count, cut), program in programs.items():
+        name = {"kind": kind, "shape": list(shape), "tokens": count, "tuning": dataclasses.asdict(cut)}
+        if isinstance(program, Exception):
+            print("failed:", name, program, flush=True)
+            continue
+        us = times_us(program, buffer, [jnp.asarray(a) for a in arrays(kind, shape, count)], 1)[0]
+        rows.append(name | {"us": round(us, 2)})
+        print(kind, shape, count, cut, round(us, 2), flush=True)
+        for row in distinct(shape, count)[cut]:
+            times.setdefault((kind, count), {}).setdefault(row, []).append(us)
+    lines = ["FEW_TOKENS = {"]
+    for kind in books:
+        lines.append(f'    "{kind}": (')
+        for count in classes:
+            tried = {row: us for row, us in times[kind, count].items() if len(us) == len(shapes)}
+            best = [min(us[i] for us in tried.values()) for i in range(len(shapes))]
+
+            def slowness(us: list[float], best: list[float] = best) -> float:
+                return sum(one / fastest for one, fastest in zip(us, best, strict=True))
+
+            chosen = min(tried, key=lambda row: slowness(tried[row]))
+            lines.append(f"        {chosen},")
+        lines.append("    ),")
+    return rows, "\n".join([*lines, "}"])
+
+
+def table(rows: list[Row]) -> str:
+    """What was measured, a line for each weight, operation and number of tokens, in microseconds."""
+    titles = ("nf4", "of roofline", "against bf16", "int8", "of roofline", "bf16", "torch", "bnb", "xla")
+    lines = ["", f"{'':24}{'tokens':>7}" + "".join(f"{title:>13}" for title in titles)]
+    cells: dict[tuple, dict[str, Row]] = {}
+    for row in rows:
+        if "us" in row:
+            cells.setdefault((tuple(row["shape"]), row["what"], row["tokens"]), {})[row["who"]] = row
+    for (shape, what, count), found in cells.items():
+
+        def us(who: str, found: dict[str, Row] = found) -> str:
+            return f"{found[who]['us']:.1f}" if who in found else ""
+
+        def roofline(who: str, found: dict[str, Row] = found) -> str:
+            return f"{found[who]['of_roofline']:.0%}" if who in found else ""
+
+        dense = [found[who]["us"] for who in ("bf16", "torch_bf16") if who in found]
+        against = f"{min(dense) / found['nf4']['us']:.2f}" if dense and "nf4" in found else ""
+        columns = (us("nf4"), roofline("nf4"), against, us("int8"), roofline("int8"))
+        columns += (us("bf16"), us("torch_bf16"), us("bitsandbytes"), us("xla"))
+        name = f"{shape[0]}x{shape[1]} {what}"
+        lines.append(f"{name:24}{count or '':>7}" + "".join(f"{column:>13}" for column in columns))
+    return "\n".join(lines)
+
+
+def save(file: Path, result: dict[str, Any]) -> None:
+    """Write the result, a row a line, whole or not at all."""
+    head = {name: value for name, value in result.items() if name != "rows"}
+    rows = ",\n".join("  " + json.dumps(row) for row in result["rows"])
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{rows}\n ]\n}}\n')
+    temporary.rename(file)
 
 
 def _arguments() -> list[str]:
@@ -203,34 +525,52 @@ def _arguments() -> list[str]:
 def main() -> None:
     """Measure what the arguments ask for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=SHAPES, action="append", help="all if absent")
+    parser.add_argument("--model", choices=LANGUAGE, action="append", help="all if absent")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--quick", action="store_true", help="the language linears of the 7B model alone")
+    parser.add_argument(
+        "--sweep", action="store_true", help="other tiles of the fused products of few tokens"
+    )
+    parser.add_argument("--autotune", action="store_true", help="let XLA time cuBLAS' algorithms first")
     parser.add_argument("--out", type=Path, default=Path("kernels_bench.json"))
-    parser.add_argument("--sweep", action="store_true")
-    options = parser.parse_args()
+    given = parser.parse_args()
     if jax.default_backend() != "gpu":
         raise SystemExit(f"needs a GPU; found {jax.default_backend()}")
-    tokens = tuple(options.tokens)
+    start = time.time()
+    options = {"xla_gpu_enable_triton_gemm": False}
+    if not given.autotune:
+        options["xla_gpu_autotune_level"] = 0
+    models = ["Qwen2.5-VL-7B"] if given.quick else given.model or list(LANGUAGE)
+    shapes = [shape for model in models for shape in LANGUAGE[model]]
+    if not given.quick:
+        shapes += [shape for model in models for shape in VISION[model]]
+    shapes = SWEPT if given.sweep else list(dict.fromkeys(shapes))
     result = {
         "device": jax.devices()[0].device_kind,
         "versions": {name: version(name) for name in ("jax", "jaxlib")},
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", "-m", "vlmlora_kernels.bench", *_arguments()]),
         "unit": "microseconds",
+        "models": {model: LANGUAGE[model] + VISION[model] for model in models},
+        "ceilings": ceilings(options),
         "rows": [],
     }
-    limits = ceilings()
-    print(limits, flush=True)
-    result["ceilings"] = {name: round(value, 2) for name, value in limits.items()}
-    chosen = [(model, shape) for model in options.model or SHAPES for shape in SHAPES[model]]
-    # torch's profiler keeps CUPTI to itself once it has run, so the peers come last.
-    works = [sweep] if options.sweep else [lambda s, t: measure(s, t, limits), peers]
-    for work, (model, shape) in itertools.product(works, chosen):
-        print(model, shape, explain(1, shape), flush=True)
-        result["rows"] += [{"model": model} | row for row in work(shape, tokens)]
-        temporary = options.out.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        temporary.rename(options.out)
+    print(result["device"], result["ceilings"], explain(1, shapes[0]), flush=True)
+    tokens = tuple(given.tokens)
+    if given.sweep:
+        result["rows"], chosen = sweep(shapes, options)
+        save(given.out, result)
+        print(f"\n{chosen}")
+    else:
+        result["rows"] = measure(shapes, tokens, result["ceilings"], options)
+        save(given.out, result)
+        try:
+            # torch's profiler keeps CUPTI to itself once it has run, so the peers come last.
+            result["rows"] += peers(shapes, tokens)
+            save(given.out, result)
+        finally:
+            print(table(result["rows"]))
+    print(f"{time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":

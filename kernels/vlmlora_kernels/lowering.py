@@ -33,7 +33,7 @@ def few_tokens(decoder: matvec.FourBit | matvec.EightBit, shape: tuple[int, int]
         chunks = [flat[i : i + FUSED_TOKENS] for i in range(0, len(flat), FUSED_TOKENS)]
         outputs = []
         for chunk in chunks:
-            tuning = matvec_tuning(len(chunk), shape)
+            tuning = matvec_tuning(len(chunk), shape, decoder.name)
             kernel = matvec.matmul(decoder, tokens=len(chunk), shape=shape, tuning=tuning)
             outputs.append(kernel(chunk, *weight))
         y = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs)

@@ -161,11 +161,11 @@ def dequantize_4bit(
     blocksize: int = 64,
     implementation: str | None = None,
     right: Float[Array, "out right"] | None = None,
-    below: Float[Array, "below in"] | None = None,
+    below: Float[Array, "below wide"] | None = None,
 ) -> Float[Array, "*shape"]:
     """Decode a matrix: a float32 product of value and scale, rounded once to `dtype`.
 
-    A dense matrix may be put beside it, in the same pass: so low-rank factors ride along in the product with
+    Dense matrices may be put around it, in the same pass: so low-rank factors ride along in the product with
     a decoded weight, ``[x, x A] @ [W, B].T``.
 
     Args:
@@ -177,10 +177,10 @@ def dequantize_4bit(
         blocksize: elements that share a scale; even.
         implementation: ``"decode"`` or ``"xla"`` to insist on one; see `explain`.
         right: columns that follow those of the matrix.
-        below: rows that follow those of the matrix; not both.
+        below: rows that follow those of the matrix, as wide as it and what is to its right.
 
     Returns:
-        What ``bitsandbytes.functional.dequantize_4bit`` returns, bit for bit, and what was put beside it.
+        What ``bitsandbytes.functional.dequantize_4bit`` returns, bit for bit, and what was put around it.
 
     Raises:
         ValueError: unknown `quant_type`, odd `blocksize`, codes or scales that do not fit `shape`, columns or
@@ -188,72 +188,76 @@ def dequantize_4bit(
     """
     _check_format(quant_type, blocksize)
     _check_fit(codes, absmax, shape, blocksize)
-    _check_beside(shape, right, below)
+    _check_around(shape, right, below)
     size = math.prod(shape)
     choice = explain(
         None, shape, kind=quant_type, dtype=dtype, blocksize=blocksize, implementation=implementation
     )
-    beside = [part.astype(dtype) for part in (right, below) if part is not None]
-    axis = 0 if below is not None else -1
-    widened = list(shape)
-    if beside:
-        widened[axis] += beside[0].shape[axis]
+    around = [None if part is None or part.size == 0 else part.astype(dtype) for part in (right, below)]
+    present = [part for part in around if part is not None]
+    scales = _scale_arrays(absmax)
+
+    def frame(matrix: jax.Array, arrays: Sequence[jax.Array]) -> jax.Array:
+        given = iter(arrays)
+        for axis, part in zip((1, 0), around, strict=True):
+            matrix = matrix if part is None else jnp.concatenate([matrix, next(given)], axis)
+        return matrix
 
     def in_xla(*arrays: jax.Array) -> jax.Array:
-        (codes, *scales), beside = _part(arrays, scale_count)
-        matrix = _dequantize_in_xla(codes, _absmax(scales), shape, dtype, quant_type, blocksize)
-        return jnp.concatenate([matrix, *beside], axis) if beside else matrix
+        codes, *rest = arrays
+        absmax, rest = _absmax(rest[: len(scales)]), rest[len(scales) :]
+        return frame(_dequantize_in_xla(codes, absmax, shape, dtype, quant_type, blocksize), rest)
 
-    scales = _scale_arrays(absmax)
-    scale_count = len(scales)
-    arrays = (codes, *scales, *beside)
+    arrays = (codes, *scales, *present)
     if choice.implementation != DECODE:
         return in_xla(*arrays)
-    if beside and not _copies(shape, beside[0], widened):
-        decoded = dequantize_4bit(
-            codes,
-            absmax,
-            shape=shape,
-            dtype=dtype,
-            quant_type=quant_type,
-            blocksize=blocksize,
-            implementation=implementation,
+    sizes = None
+    if present:
+        sizes = hopper_dequantize.Frame(
+            *shape,
+            *(0 if part is None else part.shape[axis] for axis, part in zip((1, 0), around, strict=True)),
         )
-        return jnp.concatenate([decoded, *beside], axis)
-    appended = None
-    if beside:
-        appended = hopper_dequantize.Appended(shape[-1], beside[0].size, widened[-1])
+        if not _copies(sizes, dtype):
+            whole = dequantize_4bit(
+                codes,
+                absmax,
+                shape=shape,
+                dtype=dtype,
+                quant_type=quant_type,
+                blocksize=blocksize,
+                implementation=implementation,
+            )
+            return frame(whole, present)
     kernel = hopper_dequantize.dequantize(
         CODE_BOOKS[quant_type],
         size=size,
         dtype=dtype,
         nested=isinstance(absmax, NestedAbsmax),
-        appended=appended,
+        frame=sizes,
     )
-    decode = one_by_one(lambda *arrays: kernel(*arrays).reshape(widened))
+    result = shape if sizes is None else (sizes.rows + sizes.below, sizes.pitch)
+    decode = one_by_one(lambda *arrays: kernel(*arrays).reshape(result))
     return decode(*arrays) if implementation else on_cuda(decode, in_xla, *arrays)
 
 
-def _part(arrays: Sequence[jax.Array], scale_count: int) -> tuple[Sequence[jax.Array], Sequence[jax.Array]]:
-    """Codes and scales, and what stands beside the matrix."""
-    return arrays[: 1 + scale_count], arrays[1 + scale_count :]
+def _copies(frame: hopper_dequantize.Frame, dtype: DTypeLike) -> bool:
+    """Whether the kernel can copy what stands around the matrix: bfloat16, in whole words of 16 bytes."""
+    parts = (frame.columns, frame.right, frame.below * frame.pitch)
+    whole = all(size % hopper_dequantize.ELEMENTS == 0 for size in parts)
+    return jnp.dtype(dtype) == jnp.bfloat16 and whole and 2 * (frame.rows + frame.below) * frame.pitch < 2**32
 
 
-def _copies(shape: Sequence[int], beside: jax.Array, widened: Sequence[int]) -> bool:
-    """Whether the kernel copies what stands beside the matrix: bfloat16, in whole words of 16 bytes."""
-    whole = all(n % hopper_dequantize.ELEMENTS == 0 for n in (shape[-1], widened[-1], beside.size))
-    return beside.dtype == jnp.bfloat16 and whole and 2 * math.prod(widened) < 2**32
-
-
-def _check_beside(shape: Sequence[int], right: jax.Array | None, below: jax.Array | None) -> None:
-    if right is not None and below is not None:
-        raise ValueError("a matrix is put to the right of the decoded one or below it, not both")
-    for part, axis, name in ((right, 0, "right"), (below, 1, "below")):
-        if part is not None and (len(shape) != 2 or part.ndim != 2 or part.shape[axis] != shape[axis]):
-            what = ("rows", "columns")[axis]
+def _check_around(shape: Sequence[int], right: jax.Array | None, below: jax.Array | None) -> None:
+    if right is None and below is None:
+        return
+    if len(shape) != 2:
+        raise ValueError(f"only a matrix can have others around it; the decoded one has shape {list(shape)}")
+    width = shape[1] + (0 if right is None else right.shape[-1])
+    for name, part, axis, needed in (("right", right, 0, shape[0]), ("below", below, 1, width)):
+        if part is not None and (part.ndim != 2 or part.shape[axis] != needed):
             raise ValueError(
-                f"{name} has shape {list(part.shape)}; beside a matrix of shape {list(shape)} it needs "
-                f"{shape[axis] if len(shape) == 2 else 'two axes and as many'} {what}"
+                f"{name} has shape {list(part.shape)}; around a matrix of shape {list(shape)} it needs "
+                f"{needed} {('rows', 'columns')[axis]}"
             )
 
 

@@ -30,6 +30,7 @@ class BatchTables:
         pixel_index: Byte of the picture that stands in each value of each patch slot.
         patch_positions: Row and column of the patch in each slot.
         image_segment_ids: 1 in a filled slot, 0 in an empty one.
+        image_segment_offsets: First slot of the picture, and the one after its last.
         input_ids: The conversation up to where the answer starts, then padding.
         position_ids: Positions of all tokens, the answer's included.
         image_token_index: Place of each image token among the picture's merged tokens, else -1.
@@ -43,6 +44,7 @@ class BatchTables:
     pixel_index: Int[Array, "s slots values"]
     patch_positions: Int[Array, "s slots 2"]
     image_segment_ids: Int[Array, "s slots"]
+    image_segment_offsets: Int[Array, "s 2"]
     input_ids: Int[Array, "c s tokens"]
     position_ids: Int[Array, "c s 3 tokens"]
     image_token_index: Int[Array, "c s tokens"]
@@ -109,6 +111,7 @@ def _size_table(height: int, width: int, layout: Any, slots: int, vision: Any) -
         "pixel_index": ((rows * width + columns) * 3 + channel).astype(np.int32),
         "patch_positions": positions,
         "image_segment_ids": segments,
+        "image_segment_offsets": np.array([0, layout.num_slots], np.int32),
     }
 
 
@@ -209,6 +212,7 @@ def assemble(tables: BatchTables, records: dict[str, Array], *, answers: bool = 
         "pixel_values": jnp.where(filled[..., None] > 0, values, 0.0),
         "patch_positions": tables.patch_positions[size],
         "image_segment_ids": filled,
+        "image_segment_offsets": tables.image_segment_offsets[size],
         "image_token_index": jnp.where(image_token_index >= 0, image_token_index + row_offset, -1),
     }
 

@@ -1,6 +1,8 @@
 """The kernels on a Hopper GPU, with fresh random inputs, against XLA and float64."""
 
+import math
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 from vlmlora_kernels import (
+    CODE_BOOKS,
     DYNAMIC_CODE,
     NestedAbsmax,
     dequantize_4bit,
@@ -16,6 +19,9 @@ from vlmlora_kernels import (
     matmul_4bit,
     matmul_int8,
 )
+from vlmlora_kernels.bench import candidates, compile_all
+from vlmlora_kernels.hopper.matvec import EightBit, FourBit, matmul
+from vlmlora_kernels.hopper.tuning import FEW_TOKENS, FUSED_TOKENS, cut
 
 pytestmark = pytest.mark.gpu
 
@@ -75,7 +81,7 @@ def test_decoding_equals_xla_bit_for_bit(key, shape, dtype, quant_type):
     assert differing(*weight) == 0
 
 
-@pytest.mark.parametrize("tokens", [1, 13, 64, 300])
+@pytest.mark.parametrize("tokens", [1, 13, 32, 64, 300])
 @pytest.mark.parametrize("shape", [(3584, 3584), (515, 1088), (40, 3420)])
 def test_products_forward_and_backward(key, shape, tokens):
     one, two, three = jax.random.split(key, 3)
@@ -97,7 +103,7 @@ def test_products_forward_and_backward(key, shape, tokens):
     np.testing.assert_array_equal(y, both(x, dy)[0])
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 200])
+@pytest.mark.parametrize("tokens", [1, 16, 64, 200])
 def test_int8(key, tokens):
     one, two = jax.random.split(key)
     values = jax.random.randint(one, (515, 1088), -127, 128, jnp.int8)
@@ -106,6 +112,72 @@ def test_int8(key, tokens):
     weight = np.asarray(dequantize_int8(values, scale, dtype=jnp.float32), np.float64)
     y = jax.jit(matmul_int8)(x, values, scale)
     assert relative_error(y, np.asarray(x, np.float64) @ weight.T) < 4e-3
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize(("shape", "fewer"), [((1000, 3584), 0), ((77, 1344), 3)])
+def test_every_tile_of_the_sweep(key, shape, fewer, kind):
+    one, two = jax.random.split(key)
+    if kind == "nf4":
+        codes, absmax = four_bit(one, shape)
+        arrays, decoder = (codes, *absmax), FourBit(CODE_BOOKS["nf4"], nested=True)
+        weight = dequantize_4bit(codes, absmax, shape=shape, dtype=jnp.float32, implementation="xla")
+    else:
+        arrays = jax.random.randint(one, shape, -127, 128, jnp.int8), jnp.linspace(0.1, 1, shape[0])
+        decoder, weight = EightBit(), dequantize_int8(*arrays, dtype=jnp.float32)
+    weight = np.asarray(weight, np.float64)
+    x = jax.random.normal(two, (FUSED_TOKENS, shape[1]), jnp.bfloat16)
+
+    def job(tokens, tuning):
+        kernel = matmul(decoder, tokens=tokens, shape=shape, tuning=tuning)
+        return lambda: jax.jit(lambda *arrays: kernel(*arrays)).lower(x[:tokens], *arrays).compile()
+
+    jobs = {}
+    for limit in (row.tokens for row in FEW_TOKENS[kind]):
+        for row in candidates(limit):
+            tuning = cut(row, limit - fewer, shape)
+            jobs[limit - fewer, tuning] = job(limit - fewer, tuning)
+    for (tokens, tuning), program in compile_all(jobs.items()).items():
+        if isinstance(program, Exception):
+            raise program
+        y = program(x[:tokens], *arrays)
+        error = relative_error(y, np.asarray(x[:tokens], np.float64) @ weight.T)
+        assert error < 4e-3, (tokens, tuning)
+        np.testing.assert_array_equal(y, program(x[:tokens], *arrays), err_msg=str((tokens, tuning)))
+
+
+def makers(program, type_):
+    """Of a compiled program, the operations that make an array of a type, outside of fusions."""
+    found, is_fused = [], False
+    for line in program.splitlines():
+        if line and not line[0].isspace():
+            is_fused = re.match(r"%?\S*fus", line) is not None
+        match = re.match(r"\s+(?:ROOT )?%?\S+ = (.*?) ([\w-]+)\(", line)
+        if match and not is_fused and re.search(re.escape(type_), match.group(1)):
+            found.append(match.group(2))
+    return set(found)
+
+
+@pytest.mark.parametrize("tokens", [4, 300])
+def test_a_scan_with_remat_copies_no_codes(tokens):
+    shape, layers = (512, 512), 3
+    size = math.prod(shape)
+    weights = [four_bit(k, shape) for k in jax.random.split(jax.random.key(0), layers)]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
+
+    def loss(x, stack):
+        body = jax.checkpoint(
+            lambda x, w: (x + jnp.tanh(matmul_4bit(x, *w, shape=shape)), None), prevent_cse=False
+        )
+        return jax.lax.scan(body, x, stack)[0].astype(jnp.float32).sum()
+
+    x = jnp.ones((tokens, shape[1]), jnp.bfloat16)
+    program = jax.jit(jax.value_and_grad(loss)).lower(x, stack).compile().as_text()
+    assert "mosaic_gpu" in program
+    passed_on = {"parameter", "tuple", "get-tuple-element", "while"}
+    assert makers(program, f"u8[{layers},{size // 2}]") <= passed_on
+    assert not makers(program, f"u8[1,{size // 2}]"), "not even of one layer's"
+    assert not makers(program, f"bf16[{layers},{shape[0]},{shape[1]}]"), "no decoded stack is saved"
 
 
 def test_scan_checkpoint_and_vmap(key):

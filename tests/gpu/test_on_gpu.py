@@ -1,12 +1,18 @@
 """What only a GPU can show: cuDNN attention, host offload, and the same results as on a CPU."""
 
+import functools
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
+import vlmlora
 from tests.models.qwen2_5_vl_cases import EOS, Case, Visual, batches, tiny_config
+from vlmlora.fast_vision_model import FastVisionModel
 from vlmlora.generation.greedy import greedy_decode
 from vlmlora.lora.apply import add_adapters
 from vlmlora.lora.config import LoraConfig
@@ -14,7 +20,8 @@ from vlmlora.lora.selection import select
 from vlmlora.models.init import init_parameters
 from vlmlora.models.module_table import linear_modules, module_table
 from vlmlora.models.registry import family_of
-from vlmlora.nn.attention import attention
+from vlmlora.nn.attention import _warn_of_mask, attention
+from vlmlora.nn.segments import Segments, segment_offsets
 from vlmlora.nn.variables import Trainable
 from vlmlora.quantization.weights import INT8Weight, NF4Weight
 from vlmlora.training.loss import make_loss_fn
@@ -73,6 +80,93 @@ def test_fused_attention(gpu, is_causal, head_dim, lengths):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         # bfloat16 operands and probabilities: three significant digits at best.
         assert np.linalg.norm(a - b) <= 2e-2 * np.linalg.norm(b)
+
+
+# Uneven segments, one of a single token, padding at the end; a full row; a row of one segment; an empty row.
+PACKED = [[100, 1, 57, 33], [64, 64, 64, 64], [256], []]
+
+
+@pytest.mark.parametrize("has_gaps", [False, True])
+@pytest.mark.parametrize(("heads", "head_dim"), [(4, 64), (4, 80), (14, 128)])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("max_segments", [1, 4, 7])
+def test_fused_attention_keeps_segments_apart(gpu, max_segments, is_causal, heads, head_dim, has_gaps):
+    if has_gaps and head_dim == 128:
+        pytest.skip("no room for the feature that hides padding")
+    rows, tokens = [lengths if len(lengths) <= max_segments else [200] for lengths in PACKED], 256
+    ids = np.zeros((len(rows), tokens), np.int32)
+    for row, lengths in enumerate(rows):
+        ids[row, : sum(lengths)] = np.repeat(np.arange(len(lengths)) + 1, lengths)
+    if has_gaps:
+        ids[0, 20:33] = ids[1, 64:100] = 0
+    segments = Segments(jnp.array(ids), jnp.array(segment_offsets(rows, max_segments)), has_gaps)
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(len(rows), tokens, n, head_dim) for n in (heads, heads // 2, heads // 2, heads)]
+    query, key, value, weight = (
+        jax.random.normal(k, shape, jnp.bfloat16) for k, shape in zip(keys, shapes, strict=True)
+    )
+    # What stands in padding has no meaning, and nothing reads it.
+    weight = weight * (segments.ids > 0)[..., None, None]
+
+    def loss(query, key, value, *, dtype):
+        arrays = (a.astype(dtype) for a in (query, key, value))
+        out = attention(*arrays, is_causal=is_causal, segments=segments)
+        return jnp.sum(out.astype(jnp.float32) * weight.astype(jnp.float32)), out
+
+    def results(dtype):
+        gradient = jax.jit(jax.grad(functools.partial(loss, dtype=dtype), argnums=(0, 1, 2), has_aux=True))
+        assert ("cudnn" in gradient.lower(query, key, value).as_text()) == (dtype == jnp.bfloat16)
+        gradients, out = gradient(query, key, value)
+        return [np.asarray(a, np.float32) for a in (out, *gradients)]
+
+    with jax.default_matmul_precision("highest"):
+        expected = results(jnp.float32)
+    found = results(jnp.bfloat16)
+    assert all(np.isfinite(array).all() for array in found)
+    filled = ids > 0
+    for a, b in zip(found, expected, strict=True):
+        # bfloat16 operands and probabilities: three significant digits at best.
+        assert np.linalg.norm((a - b)[filled]) <= 2e-2 * np.linalg.norm(b[filled])
+    for gradient in found[1:]:
+        assert not gradient[~filled].any()
+
+
+def test_packed_rows_train_on_fused_kernels(gpu, caplog):
+    directory = Path(vlmlora.__file__).parent / "assets" / "tiny-qwen2_5-vl-ocr"
+    model, processor = FastVisionModel.from_pretrained(directory, dtype=jnp.bfloat16, load_in_16bit=True)
+    FastVisionModel.get_peft_model(model, r=4, init_lora_weights=False, verbose=False)
+    rng = np.random.default_rng(0)
+
+    def sample(answer, *sizes):
+        images = [
+            {"type": "image", "image": Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8))}
+            for size in sizes
+        ]
+        question = [*images, {"type": "text", "text": "What is written?"}]
+        return processor.encode(
+            [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        )
+
+    # Images that fill their windows and that do not, two in a sample, none in another.
+    samples = [
+        sample("1204.50", (64, 96)),
+        sample("x", (40, 56), (24, 120)),
+        sample("none"),
+        sample("7", (48, 40)),
+    ]
+    graphdef, adapters, frozen = model.split()
+    run = jax.jit(jax.value_and_grad(make_loss_fn(graphdef, gradient_checkpointing="attention")))
+    _warn_of_mask.cache_clear()
+    results = []
+    for batch in (processor.collate(samples), processor.collate_packed([samples[:3], samples[3:]])):
+        assert "cudnn" in run.lower(adapters, frozen, batch).as_text()
+        results.append(run(adapters, frozen, batch))
+    assert "dense mask" not in caplog.text
+    # Both in bfloat16, whose rounding the order of a sum decides.
+    np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-2)
+    for a, b in zip(*(jax.tree.leaves(gradients) for _, gradients in results), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.linalg.norm(a - b) <= 5e-2 * np.linalg.norm(a)
 
 
 @pytest.mark.parametrize("kind", [NF4Weight, INT8Weight])

@@ -2,7 +2,8 @@
 checked.
 
 It has the names of `vlmlora_kernels.hopper.simt`; a value is an array with one element a thread. Threads
-run in step, so a barrier has nothing to do. A load or store outside an array, or misaligned, is an error.
+run in step, so a barrier has nothing to do; the blocks of a cluster do too. A load or store outside an array,
+or misaligned, is an error. An asynchronous copy arrives no sooner than it is waited for.
 """
 
 import contextlib
@@ -71,29 +72,34 @@ class Word:
 
 
 class Pointer:
-    def __init__(self, memory, start=0):
-        self.memory, self.start = memory, start
+    """Offsets into a memory [blocks of a cluster, bytes], of which a thread sees one row."""
+
+    def __init__(self, memory, start=0, row=0):
+        self.memory, self.start, self.row = memory, start, row
 
     def shifted(self, offset):
-        return Pointer(self.memory, self.start + np.asarray(getattr(offset, "value", offset), np.int64))
+        start = self.start + np.asarray(getattr(offset, "value", offset), np.int64)
+        return Pointer(self.memory, start, self.row)
 
-    def addresses(self, offset, size):
-        """Byte addresses of the active threads, checked."""
+    def indices(self, offset, size):
+        """Rows and bytes of the active threads, checked."""
         at = np.broadcast_to(self.shifted(offset).start, (_state["threads"],))[_active()]
-        if at.size and (at.min() < 0 or at.max() + size > self.memory.size or (at % size).any()):
-            raise IndexError(f"{size} bytes at {at.min()}..{at.max()} of an array of {self.memory.size}")
-        return at[:, None] + np.arange(size)
+        bytes_ = self.memory.shape[1]
+        if at.size and (at.min() < 0 or at.max() + size > bytes_ or (at % size).any()):
+            raise IndexError(f"{size} bytes at {at.min()}..{at.max()} of an array of {bytes_}")
+        row = np.broadcast_to(self.row, (_state["threads"],))[_active()]
+        return row[:, None], at[:, None] + np.arange(size)
 
 
 def _load(pointer, offset, size, dtype):
     values = np.zeros((_state["threads"], size), np.uint8)
-    values[_active()] = pointer.memory[pointer.addresses(offset, size)]
+    values[_active()] = pointer.memory[pointer.indices(offset, size)]
     return values.view(dtype)
 
 
 def _store(pointer, offset, values):
     values = np.ascontiguousarray(values).view(np.uint8).reshape(_state["threads"], -1)
-    pointer.memory[pointer.addresses(offset, values.shape[1])] = values[_active()]
+    pointer.memory[pointer.indices(offset, values.shape[1])] = values[_active()]
 
 
 def load_words(pointer, offset, count, *, once=False):
@@ -177,6 +183,14 @@ def shuffle(value, lane_):
     return Word(value.value.reshape(-1, 32)[np.arange(_state["threads"]) // 32, lane_.value])
 
 
+def hidden(word):
+    return word
+
+
+def shuffle_xor(value, mask):
+    return shuffle(value, lane() ^ mask)
+
+
 def mma(a, b, accumulator):
     lane_ = np.arange(32)
     group, quarter = lane_ // 4, lane_ % 4
@@ -199,7 +213,7 @@ def mma(a, b, accumulator):
 
 
 def thread():
-    return Word(np.arange(_state["threads"]))
+    return Word(np.arange(_state["threads"]) % _state["block_threads"])
 
 
 def lane():
@@ -207,15 +221,54 @@ def lane():
 
 
 def warp():
-    return Word(np.arange(_state["threads"]) // 32)
+    return thread() >> 5
 
 
 def block():
     return Word(_state["block"])
 
 
+cluster = block
+
+
+def cluster_rank():
+    return Word(np.arange(_state["threads"]) // _state["block_threads"])
+
+
 def barrier():
     pass
+
+
+cluster_barrier = barrier
+
+
+def barrier_among(number, threads):
+    """The warps that meet, checked: as many active ones of each block and number as are waited for."""
+    meeting = np.stack([cluster_rank().value, number.value])[:, _active()]
+    counts = np.unique(meeting, axis=1, return_counts=True)[1]
+    if number.value.max() > 15 or (counts != threads).any():
+        raise RuntimeError(f"{threads} threads are to meet, and {counts} do")
+
+
+def load_peer_float(pointer, offset, rank):
+    return load_float(Pointer(pointer.memory, pointer.start, rank), offset)
+
+
+def copy_async(target, at, source, offset):
+    data = source.memory[source.indices(offset, 16)]
+    _state["copies"][-1].append((target.memory, target.indices(at, 16), data))
+
+
+def commit_copies():
+    _state["copies"].append([])
+
+
+def wait_copies(pending):
+    groups = _state["copies"]
+    # The last group is the one that is still open.
+    while len(groups) > pending + 1:
+        for memory, indices, data in groups.pop(0):
+            memory[indices] = data
 
 
 @contextlib.contextmanager
@@ -250,15 +303,28 @@ def run(kernel, *inputs):
     import sys
 
     def memory(array):
-        return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        return np.ascontiguousarray(array).reshape(1, -1).view(np.uint8)
 
     size = int(np.prod(kernel.shape))
-    out = np.full(size, np.nan, kernel.dtype)
+    out = np.full(size * np.dtype(kernel.dtype).itemsize, 0xFF, np.uint8).view(kernel.dtype)  # NaN
     pointers = [Pointer(memory(array)) for array in inputs]
+    block_threads = 32 * kernel.warps
+    threads = block_threads * kernel.cluster
     with np.errstate(over="ignore", invalid="ignore"):
         for index in range(kernel.grid):
-            threads = 32 * kernel.warps
-            _state.update(threads=threads, block=index, masks=[np.ones(threads, bool)])
-            scratch = [Pointer(memory(np.full(words, np.nan, np.float32))) for words in kernel.scratch]
-            kernel.body(sys.modules[__name__], pointers, Pointer(out.view(np.uint8)), scratch)
+            _state.update(
+                threads=threads,
+                block_threads=block_threads,
+                block=index,
+                masks=[np.ones(threads, bool)],
+                copies=[[]],
+            )
+            scratch = [
+                Pointer(
+                    np.full((kernel.cluster, words), np.nan, np.float32).view(np.uint8),
+                    row=cluster_rank().value,
+                )
+                for words in kernel.scratch
+            ]
+            kernel.body(sys.modules[__name__], pointers, Pointer(memory(out)), scratch)
     return out.reshape(kernel.shape)

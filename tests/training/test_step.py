@@ -127,7 +127,7 @@ def test_named_policies_leave_the_gradient_as_it_is(parts):
 def test_a_dict_saves_offloads_and_recomputes_by_name(parts, monkeypatch):
     graphdef, adapters, frozen = parts
     monkeypatch.setattr(remat, "_offloads_to_host", lambda: True)
-    policy = {"layer_input": "save", "qkv": "recompute", "mlp_hidden": "offload"}
+    policy = {"layer_input": "save", "qkv": "recompute", "mlp_up": "offload"}
     gradient = jax.grad(make_loss_fn(graphdef, gradient_checkpointing=policy))
     jaxpr = jax.make_jaxpr(gradient)(adapters, frozen, BATCH)
     widths = {

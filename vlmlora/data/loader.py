@@ -8,7 +8,15 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from vlmlora.data.processing import Budget, Sample, VisionLanguageProcessor, budget_of
+from vlmlora.data.packing import RowSize, pack
+from vlmlora.data.processing import (
+    Budget,
+    Sample,
+    SampleSize,
+    VisionLanguageProcessor,
+    budget_of,
+    packing_budget_of,
+)
 
 
 @runtime_checkable
@@ -28,6 +36,7 @@ def make_batches(
     *,
     batch_size: int,
     budget: Budget | None = None,
+    packing: bool = False,
     num_epochs: int | None = 1,
     shuffle: bool = True,
     seed: int = 3407,
@@ -56,8 +65,12 @@ def make_batches(
         budget: sizes of every batch, or of a process's share; None: measured once by encoding the whole
             dataset, of which each process encodes its part, so that all batches have one shape. `Budget()`
             lets sizes vary.
+        packing: let samples share a row, so that little of the batch is padding; see
+            `VisionLanguageProcessor.collate_packed`. A row has `budget.max_length` tokens, or without a
+            budget `max_seq_length`; which samples share it is decided once, from the sizes of all, which are
+            measured in any case.
         num_epochs: times that every sample is seen, in another order each time; None: without end.
-        shuffle: without, the dataset's order.
+        shuffle: without, the dataset's order, with `packing` as far as the samples fit.
         seed: of the order.
         drop_remainder: leave out an epoch's last batch if it is not full. Otherwise it is filled with rows
             that carry no label.
@@ -67,8 +80,12 @@ def make_batches(
     Raises:
         ValueError: the dataset is empty, or too small for one batch with `drop_remainder`; or the processes
             cannot share `batch_size` evenly, or would have batches of different sizes. A sample that cannot
-            be encoded raises when it is first read, and is named by its row.
+            be encoded raises when it is first read, and is named by its row, as is one that does not fit a
+            packed row.
+        NotImplementedError: `packing` with a model whose samples cannot share a row.
     """
+    if packing:
+        processor.check_packing()
     size = len(dataset)
     if size < (batch_size if drop_remainder else 1):
         raise ValueError(f"a dataset of {size} samples gives no batch of {batch_size}")
@@ -84,29 +101,45 @@ def make_batches(
             sample, row=index, max_seq_length=max_seq_length, train_on=train_on, truncation=truncation
         )
 
-    if budget is None:
+    if budget is None or packing:
         part, parts = _process()
-        sizes = [processor.size(encode(i)) for i in range(part, size, parts)]
-        budget = budget_of(_of_all_processes(sizes, size), batch_size=share, images_multiple_of=_devices())
-    if process_count > 1 and None in (budget.max_length, budget.max_images, budget.max_patches):
+        mine = [processor.size(encode(i)) for i in range(part, size, parts)]
+        sizes = _of_all_processes(mine, size)
+    if budget is None and packing:
+        length = processor.max_seq_length if max_seq_length is None else max_seq_length
+        multiple = processor.family.patch_multiple
+        budget = packing_budget_of(sizes, batch_size=share, max_length=length, patch_multiple=multiple)
+    elif budget is None:
+        budget = budget_of(sizes, batch_size=share, images_multiple_of=_devices())
+    open_sizes = budget.open_sizes(packing=packing)
+    if (process_count > 1 or packing) and open_sizes:
+        who = f"{process_count} processes" if process_count > 1 else "packed batches"
         raise ValueError(
-            f"{budget} leaves sizes open, which {process_count} processes would fill differently; "
+            f"{budget} leaves sizes open, which {who} would fill differently; "
             "leave the budget out, or give all its sizes"
         )
-
-    def collate(indices: Sequence[int]) -> dict[str, np.ndarray]:
-        return processor.collate(
-            [encode(int(index)) for index in indices],
-            budget,
-            batch_size=share,
-            first_image_row=process_index * (budget.max_images or 0),
+    if packing:
+        capacity = RowSize(
+            budget.max_length, budget.max_segments, budget.max_patches, budget.max_image_segments
         )
+        rows = pack([each.in_row() for each in sizes], capacity, shuffle=shuffle, seed=seed)
+        if drop_remainder and len(rows) < batch_size:
+            raise ValueError(f"{size} samples packed into {len(rows)} rows give no batch of {batch_size}")
+    else:
+        rows = range(size)
 
-    indices = grain.MapDataset.source(range(size))
+    def collate(numbers: Sequence[int]) -> dict[str, np.ndarray]:
+        fixed = {"batch_size": share, "first_image_row": process_index * (budget.max_images or 0)}
+        chosen = [rows[int(number)] for number in numbers]
+        if packing:
+            return processor.collate_packed([[encode(i) for i in row] for row in chosen], budget, **fixed)
+        return processor.collate([encode(i) for i in chosen], budget, **fixed)
+
+    numbers = grain.MapDataset.source(range(len(rows)))
     if shuffle:
-        indices = indices.shuffle(seed=seed)
+        numbers = numbers.shuffle(seed=seed)
     first = process_index * share
-    shares = indices.batch(
+    shares = numbers.batch(
         batch_size, drop_remainder=drop_remainder, batch_fn=lambda batch: batch[first : first + share]
     )
     return shares.map(collate).repeat(num_epochs)
@@ -131,14 +164,18 @@ def _share_of_rows(batch_size: int, process_count: int) -> int:
     return batch_size // process_count
 
 
-def _of_all_processes(sizes: Sequence[Sequence[int]], count: int) -> Sequence[Sequence[int]]:
-    """The sizes of all `count` samples, of which each process measured its part."""
+def _of_all_processes(sizes: Sequence[SampleSize], count: int) -> Sequence[SampleSize]:
+    """The sizes of all `count` samples, of which each process measured its part, in the dataset's order."""
     _, parts = _process()
     if parts == 1:
         return sizes
-    padded = np.zeros((-(-count // parts), 3), np.int32)
+    padded = np.zeros((-(-count // parts), len(SampleSize._fields)), np.int32)
     padded[: len(sizes)] = sizes
-    return np.asarray(multihost_utils.process_allgather(padded)).reshape(-1, 3).tolist()
+    found = np.asarray(multihost_utils.process_allgather(padded))
+    # Sample i is process i % parts' number i // parts.
+    return [
+        SampleSize(*row) for row in found.transpose(1, 0, 2).reshape(-1, found.shape[-1])[:count].tolist()
+    ]
 
 
 def prefetch(

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import nlargest
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
@@ -17,7 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from vlmlora.data.labels import IGNORE_INDEX, make_labels, response_spans, tokens_in_spans
 from vlmlora.data.messages import Conversation, read_messages
+from vlmlora.data.packing import RowSize, row_capacity
 from vlmlora.models.registry import family_of
+from vlmlora.nn.segments import segment_offsets
 
 
 @runtime_checkable
@@ -30,6 +32,7 @@ class FamilyProcessor(Protocol):
         chat_template: Jinja template of the messages.
         placeholders: tokens that stand for an image and a video.
         patch_multiple: a row of patches holds a whole multiple of this.
+        why_not_packed: why a row cannot hold several samples; None if it can.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -37,6 +40,7 @@ class FamilyProcessor(Protocol):
     chat_template: str
     placeholders: Mapping[str, str]
     patch_multiple: int
+    why_not_packed: str | None
 
     def process_image(self, image: Image.Image) -> Any:
         """An image as the family holds it."""
@@ -53,6 +57,9 @@ class FamilyProcessor(Protocol):
     def num_patches(self, item: Any) -> int:
         """Patch slots that an image or video takes."""
 
+    def num_segments(self, item: Any) -> int:
+        """Parts of an image or video whose patches do not see each other's: the frames of a video."""
+
     def collate(
         self,
         input_ids: np.ndarray,
@@ -62,11 +69,16 @@ class FamilyProcessor(Protocol):
         *,
         image_rows: int,
         patches: int,
+        image_segments: int | None = None,
         first_image_row: int = 0,
+        lengths: Sequence[Sequence[int]] | None = None,
     ) -> dict[str, np.ndarray]:
         """What the model reads beside the tokens.
 
-        The rows of patches start at number `first_image_row` of a batch that several processes have part in.
+        A row of patches has room for so many `image_segments`; None: for the batch's own. The rows of patches
+        start at number `first_image_row` of a batch that several processes have part in. `lengths` are those
+        of the samples in every row, if it may hold several; each row of tokens has then a row of patches of
+        its own.
         """
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -99,17 +111,51 @@ class Budget:
 
     Attributes:
         max_length: tokens of a row.
-        max_images: rows of patches, one for each image or video of the batch. 0: a batch without images.
+        max_images: rows of patches, one for each image or video of the batch; of a packed batch one for each
+            row of tokens. 0: a batch without images.
         max_patches: patch slots of each of these rows.
+        max_image_segments: images and frames of videos in each of these rows.
+        max_segments: samples of a row of tokens, where it may hold several.
     """
 
     max_length: int | None = None
     max_images: int | None = None
     max_patches: int | None = None
+    max_image_segments: int | None = None
+    max_segments: int | None = None
+
+    def open_sizes(self, *, packing: bool) -> list[str]:
+        """What the batch decides for itself."""
+        unused = () if packing else ("max_segments",)
+        return [name for name, size in vars(self).items() if size is None and name not in unused]
+
+
+class SampleSize(NamedTuple):
+    """What a sample takes of a batch.
+
+    Attributes:
+        tokens: its length.
+        items: images and videos.
+        patches: patch slots of all of them.
+        segments: images and frames of videos.
+        largest_patches: patch slots of the largest.
+        largest_segments: frames of the longest video; 1 of an image.
+    """
+
+    tokens: int
+    items: int
+    patches: int
+    segments: int
+    largest_patches: int
+    largest_segments: int
+
+    def in_row(self) -> RowSize:
+        """What it takes of a packed row."""
+        return RowSize(self.tokens, 1, self.patches, self.segments)
 
 
 def budget_of(
-    sizes: Iterable[Sequence[int]],
+    sizes: Iterable[SampleSize],
     *,
     batch_size: int,
     pad_to_multiple_of: int = 64,
@@ -129,9 +175,27 @@ def budget_of(
     sizes = list(sizes)
     if not sizes:
         raise ValueError("a budget needs at least one sample")
-    lengths, images, patches = zip(*sizes, strict=True)
-    max_images = _multiple(sum(nlargest(batch_size, images)), images_multiple_of)
-    return Budget(_multiple(max(lengths), pad_to_multiple_of), max_images, max(patches))
+    tokens, items, _, _, patches, segments = zip(*sizes, strict=True)
+    max_images = _multiple(sum(nlargest(batch_size, items)), images_multiple_of)
+    return Budget(_multiple(max(tokens), pad_to_multiple_of), max_images, max(patches), max(segments))
+
+
+def packing_budget_of(
+    sizes: Iterable[SampleSize], *, batch_size: int, max_length: int, patch_multiple: int
+) -> Budget:
+    """A budget for packed rows of `max_length` tokens, with room for patches that suits the samples.
+
+    Args:
+        sizes: of each sample.
+        batch_size: rows of a batch.
+        max_length: tokens of a row.
+        patch_multiple: the family's; a row of patches is a multiple of it.
+
+    Raises:
+        ValueError: there are no samples, or one has more tokens.
+    """
+    row = row_capacity([size.in_row() for size in sizes], tokens=max_length, patch_multiple=patch_multiple)
+    return Budget(max_length, batch_size if row.patches else 0, row.patches, row.image_segments, row.samples)
 
 
 class VisionLanguageProcessor:
@@ -274,20 +338,61 @@ class VisionLanguageProcessor:
             )
         return Sample(input_ids, make_labels(input_ids, trained), images, videos)
 
-    def budget(self, samples: Iterable[Sample], *, batch_size: int, pad_to_multiple_of: int = 64) -> Budget:
+    def budget(
+        self,
+        samples: Iterable[Sample],
+        *,
+        batch_size: int,
+        pad_to_multiple_of: int = 64,
+        packing: bool = False,
+        max_length: int | None = None,
+    ) -> Budget:
         """The least budget with which any `batch_size` of the samples fit one batch shape.
 
+        Args:
+            samples: all that there are.
+            batch_size: rows of a batch.
+            pad_to_multiple_of: `max_length` is a multiple of it.
+            packing: rows hold several samples; the room for their patches is chosen so that little of it is
+                left, see `vlmlora.data.packing.row_capacity`.
+            max_length: tokens of a packed row; None: the processor's `max_seq_length`.
+
         Raises:
-            ValueError: there are no samples.
+            ValueError: there are no samples, or with `packing` one does not fit a row.
+            NotImplementedError: the family does not pack.
         """
-        return budget_of(
-            map(self.size, samples), batch_size=batch_size, pad_to_multiple_of=pad_to_multiple_of
+        sizes = map(self.size, samples)
+        if not packing:
+            return budget_of(sizes, batch_size=batch_size, pad_to_multiple_of=pad_to_multiple_of)
+        self.check_packing()
+        length = self.max_seq_length if max_length is None else max_length
+        return packing_budget_of(
+            sizes,
+            batch_size=batch_size,
+            max_length=_multiple(length, pad_to_multiple_of),
+            patch_multiple=self.family.patch_multiple,
         )
 
-    def size(self, sample: Sample) -> tuple[int, int, int]:
-        """Tokens of a sample, its images and videos, and the patch slots of the largest of these."""
+    def size(self, sample: Sample) -> SampleSize:
+        """What a sample takes of a batch."""
         items = (*sample.images, *sample.videos)
-        return len(sample), len(items), max(map(self.family.num_patches, items), default=0)
+        patches, segments = (
+            [count(item) for item in items] for count in (self.family.num_patches, self.family.num_segments)
+        )
+        largest = max(patches, default=0), max(segments, default=0)
+        return SampleSize(len(sample), len(items), sum(patches), sum(segments), *largest)
+
+    def check_packing(self) -> None:
+        """Whether rows may hold several samples.
+
+        Raises:
+            NotImplementedError: the family's tokens would not stay apart; the message says why.
+        """
+        if self.family.why_not_packed is not None:
+            raise NotImplementedError(
+                f"rows that hold several samples are not supported: {self.family.why_not_packed}; "
+                "put one sample into a row (packing=False)"
+            )
 
     def collate(
         self,
@@ -326,32 +431,120 @@ class VisionLanguageProcessor:
         if longest > tokens:
             raise ValueError(f"a sample of {longest} tokens exceeds the batch's max_length={tokens}")
         items = [item for sample in samples for item in (*sample.images, *sample.videos)]
-        unit = self.family.patch_multiple
         image_rows, patches = budget.max_images, budget.max_patches
         if image_rows is None:
             image_rows = _bucket(len(items))
         if patches is None:
-            most = max(map(self.family.num_patches, items), default=unit)
-            patches = _bucket(-(-most // unit)) * unit
-
-        pad = self.tokenizer.pad_token_id
-        input_ids = np.full((rows, tokens), 0 if pad is None else pad, np.int32)
-        labels = np.full((rows, tokens), IGNORE_INDEX, np.int32)
-        attention_mask = np.zeros((rows, tokens), np.int32)
-        for row, sample in enumerate(samples):
-            input_ids[row, : len(sample)] = sample.input_ids
-            labels[row, : len(sample)] = sample.labels
-            attention_mask[row, : len(sample)] = 1
+            patches = self._patches(max(map(self.family.num_patches, items), default=0))
+        batch = self._place([[sample] for sample in samples], rows, tokens)
         family = self.family.collate(
-            input_ids,
-            attention_mask,
+            batch["input_ids"],
+            batch["attention_mask"],
             [sample.images for sample in samples],
             [sample.videos for sample in samples],
             image_rows=image_rows,
             patches=patches,
+            image_segments=budget.max_image_segments,
             first_image_row=first_image_row,
         )
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, **family}
+        return {**batch, **family}
+
+    def collate_packed(
+        self,
+        rows: Sequence[Sequence[Sample]],
+        budget: Budget | None = None,
+        *,
+        batch_size: int | None = None,
+        pad_to_multiple_of: int = 64,
+        first_image_row: int = 0,
+    ) -> dict[str, np.ndarray]:
+        """Rows of several samples each to a batch; a row's images and videos share a row of patches.
+
+        Samples stay apart: positions begin anew with each, attention sees only its own, and no token is
+        predicted from another sample's. `vlmlora.data.packing.pack` says which samples share a row.
+
+        Args:
+            rows: samples of each row, at most `batch_size` rows.
+            budget: sizes of the batch; those left open are the batch's own, rounded up.
+            batch_size, pad_to_multiple_of, first_image_row: as for `collate`.
+
+        Returns:
+            What `collate` does, `segment_ids` ``[batch, tokens]``, from 1 and 0 for padding, and
+            `segment_offsets` ``[batch, max_segments + 1]``, see `vlmlora.nn.segments.Segments`.
+
+        Raises:
+            ValueError: there are no samples, or a row exceeds the budget; the message names the row.
+            NotImplementedError: the family does not pack.
+        """
+        self.check_packing()
+        budget = budget or Budget()
+        count = len(rows) if batch_size is None else batch_size
+        if len(rows) > count or not (any(rows) or (count and budget.max_length)):
+            raise ValueError(f"{len(rows)} rows of samples for a batch of {count} rows; needed 1 to {count}")
+        rows = [*rows, *[[]] * (count - len(rows))]
+        lengths = [[len(sample) for sample in row] for row in rows]
+        longest = max(map(sum, lengths))
+        tokens = budget.max_length or _multiple(longest, pad_to_multiple_of)
+        for row, mine in enumerate(lengths):
+            if sum(mine) > tokens:
+                raise ValueError(
+                    f"row {row} of the batch: its {len(mine)} samples of {sum(mine)} tokens exceed "
+                    f"max_length={tokens}"
+                )
+        images, videos = (
+            [[item for sample in row for item in getattr(sample, kind)] for row in rows]
+            for kind in ("images", "videos")
+        )
+        slots = [sum(map(self.family.num_patches, (*a, *b))) for a, b in zip(images, videos, strict=True)]
+        image_rows, patches = budget.max_images, budget.max_patches
+        if image_rows is None:
+            image_rows = count if any(slots) or patches else 0
+        if image_rows not in (0, count):
+            raise ValueError(
+                f"max_images={image_rows} rows of patches for {count} rows of tokens; a packed row of tokens "
+                "has one of its own, or with max_images=0 none"
+            )
+        batch = self._place(rows, count, tokens)
+        segment_ids = np.zeros_like(batch["input_ids"])
+        for row, mine in enumerate(lengths):
+            segment_ids[row, : sum(mine)] = np.repeat(np.arange(len(mine)) + 1, mine)
+        family = self.family.collate(
+            batch["input_ids"],
+            batch["attention_mask"],
+            images,
+            videos,
+            image_rows=image_rows,
+            patches=self._patches(max(slots)) if patches is None else patches,
+            image_segments=budget.max_image_segments,
+            first_image_row=first_image_row,
+            lengths=lengths,
+        )
+        most = budget.max_segments
+        if most is None:
+            most = _bucket(max(map(len, lengths)))
+        offsets = segment_offsets(lengths, most, "samples")
+        return {**batch, "segment_ids": segment_ids, "segment_offsets": offsets, **family}
+
+    def _place(self, rows: Sequence[Sequence[Sample]], count: int, tokens: int) -> dict[str, np.ndarray]:
+        """Tokens, labels and mask of `count` rows of samples, one after another."""
+        pad = self.tokenizer.pad_token_id
+        input_ids = np.full((count, tokens), 0 if pad is None else pad, np.int32)
+        labels = np.full((count, tokens), IGNORE_INDEX, np.int32)
+        attention_mask = np.zeros((count, tokens), np.int32)
+        for row, samples in enumerate(rows):
+            start = 0
+            for sample in samples:
+                where = slice(start, start + len(sample))
+                input_ids[row, where] = sample.input_ids
+                labels[row, where] = sample.labels
+                attention_mask[row, where] = 1
+                start += len(sample)
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+    def _patches(self, slots: int) -> int:
+        """Patch slots of a row that has to hold so many, at least one of the family's units."""
+        unit = self.family.patch_multiple
+        return _bucket(-(-max(slots, 1) // unit)) * unit
 
     def decode(self, token_ids: Any, *, skip_special_tokens: bool = True) -> str:
         """Text of one row of tokens."""

@@ -1,15 +1,16 @@
 """Linear layer. It holds a weight that knows how to multiply, and perhaps an adapter."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from vlmlora.nn.low_rank import Factors, low_rank_products
+from vlmlora.nn.low_rank import Factors, low_rank_products, room_for
 from vlmlora.nn.trained import TRAINED
 from vlmlora.nn.variables import Frozen, abstract_array, parameter
 from vlmlora.quantization.sharded import ShardedTable
-from vlmlora.quantization.weights import Augmentable, DenseWeight, Weight
+from vlmlora.quantization.weights import DenseWeight, Framable, Weight
 
 
 class Linear(nnx.Module):
@@ -47,29 +48,44 @@ class Linear(nnx.Module):
         return apply_to_same(x, self, key=key)[0]
 
     def _apply(self, x: jax.Array, key: PRNGKeyArray | None) -> jax.Array:
+        x = x[..., : self.in_features]
         y = self._add_bias(x @ self.weight.get_value())
         return y if self.adapter is None else self.adapter(x, y, base=self, key=key)
 
     def _add_bias(self, y: jax.Array) -> jax.Array:
-        return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)
+        if self.bias is None:
+            return y
+        return y + jnp.pad(self.bias.get_value().astype(y.dtype), (0, y.shape[-1] - self.out_features))
 
 
 def apply_to_same(
-    x: Float[Array, "*batch in_features"], *layers: Linear, key: PRNGKeyArray | None = None
-) -> tuple[Float[Array, "*batch out_features"], ...]:
-    """What several layers make of the same x, their adapters' first products computed as one.
+    x: Float[Array, "*batch in_and_room"],
+    *layers: Linear,
+    key: PRNGKeyArray | None = None,
+    before: Linear | None = None,
+) -> tuple[Float[Array, "*batch out_and_room"], ...]:
+    """What several layers make of the same x, their adapters' products in one with the layers' own.
 
     Args:
-        x: the layers' input.
+        x: the layers' input; columns beyond `in_features` are zero, and stand where a layer with `before`
+            has left them.
         layers: of as many input features each.
         key: drives the adapters' dropout, and None switches it off.
+        before: a layer to come. Where that saves a copy, the results, all of one width, have some columns of
+            zeros more, in which this layer's adapter works; a function that is applied to them in between
+            keeps zeros zero.
     """
     factors = [_factors_in_one_product(layer, x, key) for layer in layers]
-    joined = [(layer, each) for layer, each in zip(layers, factors, strict=True) if each is not None]
+    room = 0
+    if before is not None and all(factors) and (after := _factors_in_one_product(before, x, key)):
+        ranks = [each.a.shape[0] for each in (*factors, after)]
+        room = room_for(before.in_features, ranks)
+    joined = [(layer, each) for layer, each in zip(layers, factors, strict=True) if each]
     weights = [layer.weight.get_value() for layer, _ in joined]
-    products = iter(low_rank_products(x, weights, [each for _, each in joined]) if joined else ())
+    products = low_rank_products(x, weights, [each for _, each in joined], room=room) if joined else ()
+    products = iter(products)
     return tuple(
-        layer._apply(x, key) if each is None else layer._add_bias(next(products))
+        layer._add_bias(next(products)) if each else layer._apply(x, key)
         for layer, each in zip(layers, factors, strict=True)
     )
 
@@ -77,8 +93,10 @@ def apply_to_same(
 def _factors_in_one_product(layer: Linear, x: jax.Array, key: PRNGKeyArray | None) -> Factors | None:
     """The adapter's factors, where one product with the weight does both and is worth it."""
     weight = layer.weight.get_value()
+    tokens = x.size // x.shape[-1]
     # Of few tokens the weight is the larger part, and it is better left as it is stored.
-    if layer.adapter is None or 2 * x.size < x.shape[-1] ** 2 or not isinstance(weight, Augmentable):
+    is_worth_it = 2 * tokens >= min(layer.in_features, layer.out_features)
+    if layer.adapter is None or not is_worth_it or not isinstance(weight, Framable):
         return None
     return layer.adapter.factors(x.dtype, key)
 

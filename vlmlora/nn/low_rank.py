@@ -6,9 +6,13 @@ are put beside it there, and a single product does both, forward and backward:
 
     forward    y  = [x, x A.T] [W, B].T          backward    dx = [dy, dy B] [W; A]
 
-Layers that read the same x share the left-hand side, so that their A products are one.
+Layers that read the same x share the left-hand side, so that their A products are one. For ``x A.T`` to find
+its place, x is written with room to the right. Where that costs a pass over x, as between the products of a
+feed-forward block, the product before can leave the room: columns of zeros.
 """
 
+import functools
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
@@ -17,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vlmlora.quantization.weights import Augmentable
+from vlmlora.quantization.weights import Framable
 
 _ALIGNMENT = 8  # elements: rows of 16-bit matrices are then whole words of 16 bytes, which fast products need
 
@@ -34,69 +38,98 @@ class Factors(NamedTuple):
     b: Float[Array, "out r"]
 
 
+def room_for(features: int, ranks: Sequence[int]) -> int:
+    """Columns to the right of `features` others in which low-rank products of these ranks find place."""
+    room = max(ranks)
+    return room + -(features + room) % _ALIGNMENT
+
+
 def low_rank_products(
-    x: Float[Array, "*batch in"], weights: Sequence[Augmentable], factors: Sequence[Factors]
-) -> tuple[Float[Array, "*batch out"], ...]:
+    x: Float[Array, "*batch in_and_room"],
+    weights: Sequence[Framable],
+    factors: Sequence[Factors],
+    *,
+    room: int = 0,
+) -> tuple[Float[Array, "*batch out_and_room"], ...]:
     """``x W.T + (x A.T) B.T`` for several weights, in the type of `x`.
 
     There is a gradient for `x` and the factors, and none for the weights.
 
     Args:
-        x: activations.
+        x: activations; with columns of zeros to the right where the product before left room.
         weights: each of shape [out, in], out as it likes.
         factors: of each weight, in the type of `x`.
+        room: columns of zeros that are left to the right of the results.
     """
     flat = x.reshape(-1, x.shape[-1])
-    products = _products(flat, tuple(weights), tuple(factors))
+    room_of_x = x.shape[-1] - factors[0].a.shape[1]
+    products = _products(flat, tuple(weights), tuple(factors), room, room_of_x)
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in products)
 
 
-@jax.custom_vjp
-def _products(x, weights, factors):
-    return _products_fwd(x, weights, factors)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _products(x, weights, factors, room, room_of_x):
+    return _products_fwd(x, weights, factors, room, room_of_x)[0]
 
 
-def _products_fwd(x, weights, factors):
-    a = jnp.concatenate([each.a for each in factors])
-    wide = _augment(x, a.T)
-    room = wide.shape[1] - x.shape[1]
+def _products_fwd(x, weights, factors, room, room_of_x):
+    features = factors[0].a.shape[1]
+    wide = _augment(x, jnp.concatenate([each.a for each in factors]).T)
+    width = wide.shape[1] - features
     products = []
     for weight, each, start in zip(weights, factors, _starts(factors), strict=True):
-        columns = jnp.pad(each.b, ((0, 0), (start, room - start - each.b.shape[1])))
-        products.append(_contract(wide, weight.with_columns(columns), (1, 1)))
+        right = jnp.pad(each.b, ((0, 0), (start, width - start - each.b.shape[1])))
+        below = jnp.zeros((room, wide.shape[1]), x.dtype)
+        products.append(_contract(wide, weight.framed(right, below), (1, 1)))
     return tuple(products), (wide, weights, factors)
 
 
-def _products_bwd(residuals, cotangents):
+def _products_bwd(room, room_of_x, residuals, cotangents):
     wide, weights, factors = residuals
     features = factors[0].a.shape[1]
-    dx, found = 0, []
-    for weight, each, start, dy in zip(weights, factors, _starts(factors), cotangents, strict=True):
+    starts = _starts(factors)
+    dys = [_augment(dy, each.b) for dy, each in zip(cotangents, factors, strict=True)]
+    projected, dbs = [], []
+    for each, start, dy in zip(factors, starts, dys, strict=True):
         out, r = each.b.shape
-        dy = _augment(dy, each.b)
-        dx += _contract(dy, weight.with_rows(jnp.pad(each.a, ((0, dy.shape[1] - out - r), (0, 0)))), (1, 0))
+        projected.append(dy[:, out : out + r])
         # Both gradients are taken of the augmented arrays and cut: the plain ones need not exist beside them.
-        projected = wide[:, features + start : features + start + r]
-        db = _contract(dy, projected, (0, 0))[:out]
-        found.append((dy[:, out : out + r], db))
-    da = _contract(jnp.concatenate([d_projected for d_projected, _ in found], axis=1), wide, (0, 0))
-    das = jnp.split(da[:, :features], _starts(factors)[1:])
-    return dx, None, tuple(Factors(each, db) for each, (_, db) in zip(das, found, strict=True))
+        dbs.append(_contract(dy, wide[:, features + start : features + start + r], (0, 0))[:out])
+    da = _contract(jnp.concatenate(projected, axis=1), wide, (0, 0))[:, :features]
+    # Once the factors' gradients are there x is not needed any more, before its own gradient takes memory.
+    dys, da, dbs = jax.lax.optimization_barrier((dys, da, dbs))
+    dx = 0
+    for weight, each, dy in zip(weights, factors, dys, strict=True):
+        out, r = each.b.shape
+        right = jnp.zeros((out, room_of_x), wide.dtype)
+        below = jnp.pad(each.a, ((0, dy.shape[1] - out - r), (0, room_of_x)))
+        dx += _contract(dy, weight.framed(right, below), (1, 0))
+    das = jnp.split(da, starts[1:])
+    return dx, None, tuple(Factors(*each) for each in zip(das, dbs, strict=True))
 
 
 _products.defvjp(_products_fwd, _products_bwd)
 
 
-def _augment(x: Float[Array, "tokens in"], right: Float[Array, "in r"]) -> Float[Array, "tokens wide"]:
-    """``[x, x @ right]`` and zeros up to a multiple of `_ALIGNMENT`."""
+def _augment(
+    x: Float[Array, "tokens in_and_room"], right: Float[Array, "in r"]
+) -> Float[Array, "tokens wide"]:
+    """``[x, x @ right]`` and zeros up to a multiple of `_ALIGNMENT`; in place where x has room."""
     features, r = right.shape
-    room = r + -(features + r) % _ALIGNMENT
-    # The array is written with room, by whatever computes x, and the product is put in its place. With a
-    # start that XLA knew it would make a concatenation of it, which copies x.
-    wide = jnp.pad(x, ((0, 0), (0, room)))
-    product = wide @ jnp.pad(right, ((0, room), (0, 0)))
+    room = room_for(features, [r])
+    wide = x if x.shape[1] >= features + room else _widen(x, features + room - x.shape[1])
+    product = wide @ jnp.pad(right, ((0, wide.shape[1] - features), (0, 0)))
+    # With a start that XLA knew it would make a concatenation of this, which copies x.
     start = jax.lax.optimization_barrier(jnp.int32(features))
     return jax.lax.dynamic_update_slice(wide, product, (jnp.int32(0), start))
+
+
+def _widen(x: Float[Array, "tokens in"], room: int) -> Float[Array, "tokens wide"]:
+    """Zeros to the right of x."""
+    # In groups of columns that are padding or not as a whole, XLA reads several elements at a time.
+    group = math.gcd(x.shape[1], room)
+    groups = x.reshape(x.shape[0], -1, group)
+    return jnp.pad(groups, ((0, 0), (0, room // group), (0, 0))).reshape(x.shape[0], -1)
 
 
 def _contract(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:

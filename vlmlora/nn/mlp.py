@@ -10,8 +10,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlmlora.nn.linear import Linear, apply_to_same
 
-MLP_HIDDEN = "mlp_hidden"
-"""Name of what the first, wide projections of a feed-forward block compute, for checkpoint policies."""
+MLP_UP = "mlp_up"
+"""Name of what the first, wide projection of a feed-forward block computes, for checkpoint policies."""
+MLP_GATE = "mlp_gate"
+"""Name of what the projection beside it computes, where the block is gated."""
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -68,7 +70,8 @@ class MLP(nnx.Module):
         self, x: Float[Array, "*batch hidden"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*batch hidden"]:
         """Apply the block; `key` drives adapter dropout."""
-        return self.fc2(self.act(checkpoint_name(self.fc1(x, key=key), MLP_HIDDEN)), key=key)
+        (hidden,) = apply_to_same(x, self.fc1, key=key, before=self.fc2)
+        return self.fc2(self.act(checkpoint_name(hidden, MLP_UP)), key=key)
 
 
 class GatedMLP(nnx.Module):
@@ -94,6 +97,6 @@ class GatedMLP(nnx.Module):
         self, x: Float[Array, "*batch hidden"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*batch hidden"]:
         """Apply the block; `key` drives adapter dropout."""
-        gate, up = apply_to_same(x, self.gate_proj, self.up_proj, key=key)
-        gate, up = checkpoint_name(gate, MLP_HIDDEN), checkpoint_name(up, MLP_HIDDEN)
+        gate, up = apply_to_same(x, self.gate_proj, self.up_proj, key=key, before=self.down_proj)
+        gate, up = checkpoint_name(gate, MLP_GATE), checkpoint_name(up, MLP_UP)
         return self.down_proj(self.act(gate) * up, key=key)

@@ -88,7 +88,8 @@ def apply_rotary(
     x: Float[Array, "*batch heads head_dim"], rotary: Rotary
 ) -> Float[Array, "*batch heads head_dim"]:
     """Rotate each pair (i, i + head_dim / 2) of the last axis by its angle, in float32."""
-    cos, sin = (a[..., None, :] for a in rotary)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    cos, sin = (a[..., None, None, :] for a in rotary)
+    halves = x.reshape(*x.shape[:-1], 2, -1).astype(jnp.float32)
+    # The halves change places without a concatenation, whose conditions would keep XLA from wide loads.
+    rotated = halves * cos + jnp.flip(halves, axis=-2) * (sin * np.array([[-1.0], [1.0]], np.float32))
+    return rotated.reshape(x.shape).astype(x.dtype)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from vlmlora.nn.linear import Linear
 from vlmlora.nn.trained import TRAINED
@@ -20,6 +20,8 @@ from vlmlora.quantization.weights import MixedWeight, Weight
 
 LAYER_INPUT = "layer_input"
 """Name of a layer's input, for checkpoint policies that save or offload it."""
+ATTENTION_RESIDUAL = "attention_residual"
+"""Name of the residual stream between a layer's attention and its feed-forward block."""
 
 Remat = Callable[[Callable], Callable]
 """A transformation of the layer's body, e.g. ``functools.partial(jax.checkpoint, policy=...)``."""
@@ -27,6 +29,23 @@ Remat = Callable[[Callable], Callable]
 SWITCH_KEEPS_NO_OPERANDS = jax.__version_info__ >= (0, 12)
 """Whether a conditional under differentiation leaves the arrays that its backward pass reads where they are.
 Before jax 0.12 it returned each as a new one, frozen weights included."""
+
+
+@dataclass(frozen=True)
+class TowerRemats:
+    """How the layers of each tower are rematerialised; None saves all that they compute.
+
+    Attributes:
+        vision: wraps the body of the vision tower's scans.
+        language: wraps the body of the decoder's scan.
+    """
+
+    vision: Remat | None = None
+    language: Remat | None = None
+
+
+SAVE_ALL = TowerRemats()
+"""No rematerialisation."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +61,16 @@ class LayerList:
 
     name: str
     numbers: tuple[int, ...]
+
+
+def add_attended(
+    x: Float[Array, "*batch hidden"], attended: Float[Array, "*batch hidden"]
+) -> Float[Array, "*batch hidden"]:
+    """``x + attended``, the residual stream after attention, named `ATTENTION_RESIDUAL`.
+
+    Whoever saves it need not run attention's output projection again.
+    """
+    return checkpoint_name(x + attended, ATTENTION_RESIDUAL)
 
 
 def scan_layers(

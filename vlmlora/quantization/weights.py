@@ -58,14 +58,13 @@ class Weight(Protocol):
 
 
 @runtime_checkable
-class Augmentable(Protocol):
-    """A weight that gives out its matrix, of one layer, with others beside it."""
+class Framable(Protocol):
+    """A weight that gives out its matrix, of one layer, with others around it."""
 
-    def with_columns(self, columns: Float[Array, "out right"]) -> Float[Array, "out wide"]:
-        """The matrix with columns to its right, in their type."""
-
-    def with_rows(self, rows: Float[Array, "below in"]) -> Float[Array, "high in"]:
-        """The matrix with rows below it, in their type."""
+    def framed(
+        self, right: Float[Array, "out right"], below: Float[Array, "below wide"]
+    ) -> Float[Array, "high wide"]:
+        """``[[W, right], [below]]`` in the type of `right`; either may be empty."""
 
 
 class _Arrays:
@@ -98,16 +97,14 @@ class _Arrays:
         return jax.tree.map(functools.partial(_layer_of, index=index), self)
 
 
-class _Beside:
-    """A matrix with others beside it, for a weight that decodes to an array of its own."""
+class _Framed:
+    """Other matrices around a weight's own, for one that decodes to an array of its own."""
 
-    def with_columns(self, columns: Float[Array, "out right"]) -> Float[Array, "out wide"]:
-        """The matrix with columns to its right, in their type."""
-        return jnp.concatenate([self.dequantize(columns.dtype), columns], axis=1)
-
-    def with_rows(self, rows: Float[Array, "below in"]) -> Float[Array, "high in"]:
-        """The matrix with rows below it, in their type."""
-        return jnp.concatenate([self.dequantize(rows.dtype), rows], axis=0)
+    def framed(
+        self, right: Float[Array, "out right"], below: Float[Array, "below wide"]
+    ) -> Float[Array, "high wide"]:
+        """``[[W, right], [below]]`` in the type of `right`; either may be empty."""
+        return jnp.concatenate([jnp.concatenate([self.dequantize(right.dtype), right], axis=1), below])
 
 
 def _layer_of(leaf: Leaf, index: int) -> Leaf:
@@ -118,7 +115,7 @@ def _layer_of(leaf: Leaf, index: int) -> Leaf:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class DenseWeight(_Arrays, _Beside):
+class DenseWeight(_Arrays, _Framed):
     """A weight stored as it is.
 
     Attributes:
@@ -250,13 +247,11 @@ class NF4Weight(_Arrays):
         decode = functools.partial(self._decode, dtype=dtype)
         return (decode if self.stack is None else jax.vmap(decode))(self.codes, self.absmax)
 
-    def with_columns(self, columns: Float[Array, "out right"]) -> Float[Array, "out wide"]:
-        """The decoded matrix with columns to its right, in their type."""
-        return self._decode(self.codes, self.absmax, dtype=columns.dtype, right=columns)
-
-    def with_rows(self, rows: Float[Array, "below in"]) -> Float[Array, "high in"]:
-        """The decoded matrix with rows below it, in their type."""
-        return self._decode(self.codes, self.absmax, dtype=rows.dtype, below=rows)
+    def framed(
+        self, right: Float[Array, "out right"], below: Float[Array, "below wide"]
+    ) -> Float[Array, "high wide"]:
+        """``[[W, right], [below]]`` in the type of `right`; either may be empty."""
+        return self._decode(self.codes, self.absmax, dtype=right.dtype, right=right, below=below)
 
     def _decode(self, codes: jax.Array, absmax: jax.Array | NestedAbsmax, **options: Any) -> jax.Array:
         return dequantize_4bit(
@@ -271,7 +266,7 @@ class NF4Weight(_Arrays):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class INT8Weight(_Arrays, _Beside):
+class INT8Weight(_Arrays, _Framed):
     """A weight of 8 bits an element with one scale a row, as bitsandbytes stores it (LLM.int8()).
 
     Attributes:
@@ -375,13 +370,11 @@ class MixedWeight:
         per_layer = (self.kind, self.index)
         return decode(per_layer) if self.stack is None else jax.lax.map(decode, per_layer)
 
-    def with_columns(self, columns: Float[Array, "out right"]) -> Float[Array, "out wide"]:
-        """The matrix with columns to its right, in their type."""
-        return _switch(self.kind, lambda pool: pool.layer(self.index).with_columns(columns), self.pools)
-
-    def with_rows(self, rows: Float[Array, "below in"]) -> Float[Array, "high in"]:
-        """The matrix with rows below it, in their type."""
-        return _switch(self.kind, lambda pool: pool.layer(self.index).with_rows(rows), self.pools)
+    def framed(
+        self, right: Float[Array, "out right"], below: Float[Array, "below wide"]
+    ) -> Float[Array, "high wide"]:
+        """``[[W, right], [below]]`` in the type of `right`; either may be empty."""
+        return _switch(self.kind, lambda pool: pool.layer(self.index).framed(right, below), self.pools)
 
     def layer(self, index: int | Int[Array, ""]) -> Weight:
         """The weight of one layer as it is stored; under a trace, a mixed weight of one layer."""

@@ -11,8 +11,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from vlmlora.distributed import constrain_batch, gather_trainable
 from vlmlora.nn.batch import model_inputs
+from vlmlora.nn.stack import TowerRemats
 from vlmlora.nn.variables import Trainable
-from vlmlora.training.remat import GradientCheckpointing, remat_policy
+from vlmlora.training.remat import CheckpointedLoss, GradientCheckpointing
 
 IGNORE_INDEX = -100
 """Label of a token that is not learnt (PyTorch's and Hugging Face's convention)."""
@@ -144,7 +145,8 @@ def make_loss_fn(
 
     Args:
         graphdef: structure of the model, from ``nnx.split(module, Trainable, ...)``.
-        gradient_checkpointing: see `vlmlora.training.remat.remat_policy`.
+        gradient_checkpointing: see `vlmlora.training.remat.tower_remats`; or ``"auto"``, for which
+            `vlmlora.training.step.make_train_step` chooses when it sees the first batch.
         chunk_size: tokens whose logits exist at a time.
 
     Returns:
@@ -153,24 +155,28 @@ def make_loss_fn(
         `key` drives adapter dropout and may be left out. On a mesh the rows of the batch are cut.
 
     Raises:
-        ValueError: when the loss is traced on a mesh among whose devices the batch's rows do not divide.
+        ValueError: an unknown policy; or when the loss is traced on a mesh among whose devices the batch's
+            rows do not divide.
     """
-    remat = remat_policy(gradient_checkpointing)
 
-    def loss_fn(
-        adapters: PyTree, frozen: PyTree, batch: Mapping[str, jax.Array], key: PRNGKeyArray | None = None
+    def compute(
+        remats: TowerRemats,
+        adapters: PyTree,
+        frozen: PyTree,
+        batch: Mapping[str, jax.Array],
+        key: PRNGKeyArray | None,
     ) -> Float[Array, ""]:
         model = nnx.merge(graphdef, adapters, frozen)
         mesh = getattr(model, "mesh", None)
         if mesh is not None:
             batch = constrain_batch(batch, mesh)
             gather_trainable(model, mesh)
-        hidden, _ = model(**model_inputs(batch), remat=remat, key=key)
+        hidden, _ = model(**model_inputs(batch), remat=remats, key=key)
         labels = next_token_labels(batch["labels"], batch.get("segment_ids"))
         total = cross_entropy(*split_head(model, hidden), hidden, labels, chunk_size=chunk_size)
         return total / jnp.maximum(jnp.sum(labels != IGNORE_INDEX), 1)
 
-    return loss_fn
+    return CheckpointedLoss(compute, gradient_checkpointing)
 
 
 def split_head(model: nnx.Module, hidden: Float[Array, "*batch hidden"]) -> tuple[Head, PyTree, PyTree]:

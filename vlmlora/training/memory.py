@@ -6,8 +6,9 @@ JAX's own answer for the model, the adapters and the kind of gradient checkpoint
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.extend
@@ -20,7 +21,7 @@ from transformers import PreTrainedConfig
 from vlmlora.models.load_plan import QUANTIZED_PARTS
 from vlmlora.models.module_table import linear_modules, module_table
 from vlmlora.models.registry import family_of
-from vlmlora.nn.attention import traced_as_fused
+from vlmlora.nn.attention import FUSED_ATTENTION, traced_as_fused
 from vlmlora.nn.stack import Remat
 from vlmlora.nn.variables import Trainable
 from vlmlora.quantization.weights import INT8Weight, NF4Weight
@@ -152,10 +153,59 @@ def saved_arrays(
         return jax.vjp(lambda adapters: loss_fn(adapters, frozen, batch), adapters)
 
     jaxpr = jax.make_jaxpr(forward)(adapters, frozen, batch).jaxpr
+    saved, layers = _saved_of(jaxpr, jaxpr.outvars)
+    return saved, max(layers, default=0)
+
+
+@dataclass(frozen=True)
+class GradientCost:
+    """What the gradient of a loss costs, read from its trace. Over all devices, where there are several.
+
+    Attributes:
+        saved: bytes that the forward pass leaves for the backward pass.
+        layers: bytes of them that one step leaves, for every scan.
+        flops: of all products, those that are computed again included.
+        largest_product: elements of the largest result of one.
+    """
+
+    saved: Bytes
+    layers: tuple[int, ...]
+    flops: int
+    largest_product: int
+
+
+def gradient_cost(
+    loss_fn: Callable, adapters: PyTree, frozen: PyTree, batch: Mapping[str, Any], key: Any = None
+) -> GradientCost:
+    """Trace a loss and its gradient; nothing is computed.
+
+    Counted are plain products, the fused attention kernel's forward pass, and kernels that state their cost.
+
+    Args:
+        loss_fn: from `vlmlora.training.loss.make_loss_fn`.
+        adapters: arrays or shapes.
+        frozen: arrays or shapes.
+        batch: arrays or shapes.
+        key: for adapter dropout.
+    """
+
+    def forward_and_backward(adapters, frozen, batch, key):
+        loss, pull = jax.vjp(lambda adapters: loss_fn(adapters, frozen, batch, key=key), adapters)
+        return pull, pull(jnp.ones_like(loss))
+
+    trace = jax.make_jaxpr(forward_and_backward, return_shape=True)
+    closed, (pull, _) = trace(adapters, frozen, batch, key)
+    saved, layers = _saved_of(closed.jaxpr, closed.jaxpr.outvars[: len(jax.tree.leaves(pull))])
+    host = sum(_bytes_of(array) for array in saved if array.memory_space == _HOST)
+    flops, largest = _products(closed.jaxpr)
+    return GradientCost(Bytes(sum(map(_bytes_of, saved)) - host, host), tuple(layers), flops, largest)
+
+
+def _saved_of(jaxpr: Any, outvars: Sequence[Any]) -> tuple[list[jax.core.ShapedArray], list[int]]:
+    """Those of `outvars` that are no inputs, and the bytes of them that a step of every scan leaves."""
     inputs = set(jaxpr.invars)
-    outputs = dict.fromkeys(v for v in jaxpr.outvars if isinstance(v, jax.extend.core.Var))
-    saved = [v for v in outputs if v not in inputs]
-    layers = [0]
+    outputs = dict.fromkeys(v for v in outvars if isinstance(v, jax.extend.core.Var))
+    layers = []
     for equation in jaxpr.eqns:
         if equation.primitive.name == "scan":
             body = equation.params["jaxpr"]
@@ -167,7 +217,43 @@ def saved_arrays(
                 if outer in outputs and outer.aval.ndim > of_step.aval.ndim
             ]
             layers.append(sum(_bytes_of(v.aval) for v in stacked) // equation.params["length"])
-    return [v.aval for v in saved], max(layers)
+    return [v.aval for v in outputs if v not in inputs], layers
+
+
+def _products(jaxpr: Any) -> tuple[int, int]:
+    """Floating-point operations of all products, and the elements of the largest result."""
+    flops = largest = 0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            left, out = equation.invars[0].aval, equation.outvars[0].aval
+            flops += 2 * out.size * math.prod(left.shape[axis] for axis in contracted)
+            largest = max(largest, out.size)
+        elif name.startswith(FUSED_ATTENTION):
+            query, keys = (v.aval for v in equation.invars[:2])
+            # Two products of queries × keys, of which a causal kernel skips half.
+            flops += (2 if "CAUSAL" in str(params.get("mask_type")) else 4) * query.size * keys.shape[1]
+        elif params.get("cost_estimate") is not None:
+            flops += params["cost_estimate"].flops
+        else:
+            inner = [_products(each) for each in _jaxprs_of(params)]
+            each_flops = [each for each, _ in inner]
+            # A conditional takes one of its branches.
+            taken = max(each_flops, default=0) if name == "cond" else sum(each_flops)
+            # A scan repeats its body, and under `jax.shard_map` every device runs it.
+            times = params["mesh"].size if name == "shard_map" else params.get("length", 1)
+            flops += times * taken
+            largest = max(largest, *(each for _, each in inner), 0)
+    return flops, largest
+
+
+def _jaxprs_of(params: Mapping[str, Any]) -> list[Any]:
+    def is_jaxpr(value: Any) -> bool:
+        return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+
+    leaves = jax.tree.leaves(list(params.values()), is_leaf=is_jaxpr)
+    return [getattr(leaf, "jaxpr", leaf) for leaf in leaves if is_jaxpr(leaf)]
 
 
 def _plan_activations(module: nnx.Module, config: PreTrainedConfig) -> dict[bool | str, Activations] | None:

@@ -3,37 +3,89 @@
 import functools
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from vlmlora.nn.attention import ATTENTION_OUTPUT, FUSED_ATTENTION, QKV
-from vlmlora.nn.mlp import MLP_HIDDEN
-from vlmlora.nn.stack import LAYER_INPUT, Remat
+from vlmlora.nn.mlp import MLP_GATE, MLP_UP
+from vlmlora.nn.stack import ATTENTION_RESIDUAL, LAYER_INPUT, Remat, TowerRemats
 
 logger = logging.getLogger(__name__)
 
-NAMES = (LAYER_INPUT, QKV, ATTENTION_OUTPUT, MLP_HIDDEN)
+NAMES = (LAYER_INPUT, QKV, ATTENTION_OUTPUT, ATTENTION_RESIDUAL, MLP_GATE, MLP_UP)
 """What a dict of policies may name, in the order in which a layer computes it."""
 PLACES = ("save", "offload", "recompute")
 """Where a named value waits for the backward pass: device memory, pinned host memory, or nowhere."""
+PARTS = tuple(field.name for field in fields(TowerRemats))
+"""The parts of a model that may have a policy each, as in the module table."""
+
+_ATTENTION = {QKV: "save", ATTENTION_OUTPUT: "save", ATTENTION_RESIDUAL: "save"}
+_MLP = {MLP_GATE: "save", MLP_UP: "save"}
 
 NAMED_POLICIES: dict[str, dict[str, str]] = {
     "unsloth": {LAYER_INPUT: "offload"},
-    "attention": {QKV: "save", ATTENTION_OUTPUT: "save"},
-    "mlp": {MLP_HIDDEN: "save"},
-    "attention+mlp": {QKV: "save", ATTENTION_OUTPUT: "save", MLP_HIDDEN: "save"},
+    "attention": _ATTENTION,
+    "mlp": _MLP,
+    "attention+mlp": _ATTENTION | _MLP,
 }
 """The policies with a name of their own, as dicts."""
 
 POLICIES = (False, True, *NAMED_POLICIES)
-"""What `use_gradient_checkpointing` takes, beside a dict."""
+"""What `remat_policy` takes, beside a dict."""
+AUTO = "auto"
+"""The policy that `vlmlora.training.step.make_train_step` chooses when it sees the first batch."""
 
-GradientCheckpointing = bool | str | Mapping[str, str] | Remat
+GradientCheckpointing = bool | str | Mapping[str, Any] | Remat
+
+
+@dataclass(frozen=True, eq=False)
+class CheckpointedLoss:
+    """A loss as ``loss(adapters, frozen, batch, key=None)``, and the policy by which its towers checkpoint.
+
+    Attributes:
+        compute: the loss as ``compute(remats, adapters, frozen, batch, key)``, for any `TowerRemats`.
+        gradient_checkpointing: the policy, see `tower_remats`. With ``"auto"`` the loss can be given to
+            `vlmlora.training.step.make_train_step`, but not called.
+    """
+
+    compute: Callable[..., Float[Array, ""]]
+    gradient_checkpointing: GradientCheckpointing
+
+    def __post_init__(self) -> None:
+        if not has_auto(self.gradient_checkpointing):
+            _ = self.remats
+
+    @cached_property
+    def remats(self) -> TowerRemats:
+        """The policy in terms of `jax.checkpoint`."""
+        return tower_remats(self.gradient_checkpointing)
+
+    def __call__(
+        self,
+        adapters: PyTree,
+        frozen: PyTree,
+        batch: Mapping[str, jax.Array],
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, ""]:
+        """The loss.
+
+        Raises:
+            ValueError: the policy is still to be chosen.
+        """
+        return self.compute(self.remats, adapters, frozen, batch, key)
+
+    def with_checkpointing(self, policy: GradientCheckpointing) -> "CheckpointedLoss":
+        """The same loss with another policy."""
+        return replace(self, gradient_checkpointing=policy)
 
 
 def remat_policy(policy: GradientCheckpointing, *, offloads: bool | None = None) -> Remat | None:
-    """How the body of a tower's scan over layers is rematerialised.
+    """How the body of one tower's scan over layers is rematerialised.
 
     A dict says for each name in `NAMES` whether the value is saved (``"save"``), saved in pinned host memory
     (``"offload"``), or computed again (``"recompute"``, also for names left out). The names are
@@ -42,7 +94,10 @@ def remat_policy(policy: GradientCheckpointing, *, offloads: bool | None = None)
     - ``qkv``: queries, keys and values with their positions applied.
     - ``attention_output``: the attention's result, before its output projection, and on a GPU what the fused
       kernel's backward pass needs, so that attention is not computed twice.
-    - ``mlp_hidden``: what the wide projections of the feed-forward block give, the largest of all.
+    - ``attention_residual``: the layer's input with the attention added, [tokens, hidden], so that the output
+      projection is not computed twice.
+    - ``mlp_gate``, ``mlp_up``: what the wide projections of the feed-forward block give, the largest of all;
+      a block without a gate has ``mlp_up`` alone.
 
     On a backend that has no host memory apart from its own, what should be offloaded is saved, which a
     warning says once.
@@ -50,8 +105,9 @@ def remat_policy(policy: GradientCheckpointing, *, offloads: bool | None = None)
     Args:
         policy: False saves every intermediate result. True saves a layer's input alone and computes the rest
             again in the backward pass. ``"unsloth"`` does the same and keeps the layer inputs in pinned host
-            memory. ``"attention"``, ``"mlp"`` and ``"attention+mlp"`` save what their names say. Or a dict.
-            A function is returned as it is.
+            memory. ``"attention"`` and ``"mlp"`` save all that is named in their half of the layer, and
+            ``"attention+mlp"`` in both, which leaves no product with a base weight to compute again. Or a
+            dict. A function is returned as it is.
         offloads: whether there is host memory apart from the device's; None asks the default device.
 
     Raises:
@@ -74,19 +130,79 @@ def remat_policy(policy: GradientCheckpointing, *, offloads: bool | None = None)
     return functools.partial(jax.checkpoint, prevent_cse=False, policy=_keep(kept, offloaded))
 
 
-def _places(policy: str | Mapping[str, str]) -> Mapping[str, str]:
+def tower_remats(policy: GradientCheckpointing, *, offloads: bool | None = None) -> TowerRemats:
+    """How the layers of every tower are rematerialised.
+
+    Args:
+        policy: what `remat_policy` takes, for all towers; or a dict of parts (``vision``, ``language``) to
+            such policies, where a part that is left out has True.
+        offloads: see `remat_policy`.
+
+    Raises:
+        ValueError: see `remat_policy`; or the policy holds ``"auto"``, which only a training step can choose.
+    """
+    parts = policy_by_part(policy)
+    if has_auto(policy):
+        raise ValueError(
+            f"gradient_checkpointing={policy!r} is chosen by make_train_step, which sees the batch; for a "
+            "step of your own call vlmlora.choose_policy and pass make_loss_fn the policy that it returns"
+        )
+    return TowerRemats(**{part: remat_policy(each, offloads=offloads) for part, each in parts.items()})
+
+
+def policy_by_part(policy: GradientCheckpointing) -> dict[str, GradientCheckpointing]:
+    """The policy of each part, checked; ``"auto"`` is one.
+
+    Raises:
+        ValueError: see `remat_policy`.
+    """
+    parts = dict.fromkeys(PARTS, policy)
+    if isinstance(policy, Mapping) and policy and set(policy) <= set(PARTS):
+        parts = {part: policy.get(part, True) for part in PARTS}
+    for each in parts.values():
+        if not (isinstance(each, bool) or callable(each) or each == AUTO):
+            _places(each)
+    return parts
+
+
+def has_auto(policy: GradientCheckpointing) -> bool:
+    """Whether a part of the policy is still to be chosen."""
+    return any(isinstance(each, str) and each == AUTO for each in policy_by_part(policy).values())
+
+
+def name_of_policy(policy: GradientCheckpointing) -> str:
+    """A policy as short as it can be written: for all parts at once, and by name."""
+    parts = {part: _shortest(each) for part, each in policy_by_part(policy).items()}
+    first, *others = parts.values()
+    return repr(first if all(each == first for each in others) else parts)
+
+
+def _shortest(policy: GradientCheckpointing) -> Any:
+    if not isinstance(policy, Mapping):
+        return policy
+    places = {name: place for name, place in policy.items() if place != "recompute"}
+    if places.get(LAYER_INPUT) == "save":
+        del places[LAYER_INPUT]
+    names = {name for name, known in NAMED_POLICIES.items() if known == places}
+    return next(iter(names), places or True)
+
+
+def _places(policy: Any) -> Mapping[str, str]:
     if isinstance(policy, str) and policy in NAMED_POLICIES:
         return NAMED_POLICIES[policy]
     if not isinstance(policy, Mapping):
         raise ValueError(
             f"use_gradient_checkpointing={policy!r} is unknown; needed one of "
-            f"{', '.join(map(repr, POLICIES))}, or a dict of names to {', '.join(map(repr, PLACES))}"
+            f"{', '.join(map(repr, (*POLICIES, AUTO)))}, a dict of names to "
+            f"{', '.join(map(repr, PLACES))}, or a dict of the parts {', '.join(map(repr, PARTS))} to any of "
+            "these"
         )
     for name, place in policy.items():
         if name not in NAMES or place not in PLACES:
             raise ValueError(
                 f"use_gradient_checkpointing has {name!r}: {place!r}; the names are {', '.join(NAMES)}, "
-                f"and each is one of {', '.join(map(repr, PLACES))}"
+                f"and each is one of {', '.join(map(repr, PLACES))}; or the names are the parts "
+                f"{', '.join(PARTS)}, and each has a policy of its own"
             )
     return policy
 
@@ -100,26 +216,31 @@ def _keep(saved: list[str], offloaded: list[str]) -> Callable[..., Any]:
         offload_dst="pinned_host",
     )
 
+    naming = jax.make_jaxpr(functools.partial(checkpoint_name, name=ATTENTION_OUTPUT))(0.0).eqns[0]
+
     def policy(primitive: Any, *args: Any, **params: Any) -> Any:
-        # The fused kernel's backward pass needs its softmax statistics too, which have no name.
-        if ATTENTION_OUTPUT in saved and primitive.name.startswith(FUSED_ATTENTION):
-            return True
+        # The fused kernel's backward pass needs its softmax statistics too: both go where the output goes.
+        if primitive.name.startswith(FUSED_ATTENTION):
+            return by_name(naming.primitive, **naming.params)
         return by_name(primitive, *args, **params)
 
     return policy
 
 
-@functools.cache
-def _offloads_to_host() -> bool:
+def has_pinned_host() -> bool:
     """Whether the default device has host memory apart from its own."""
     device = jax.devices()[0]
-    offloads = device.platform != "cpu" and any(
-        m.kind == "pinned_host" for m in device.addressable_memories()
-    )
+    return device.platform != "cpu" and any(m.kind == "pinned_host" for m in device.addressable_memories())
+
+
+@functools.cache
+def _offloads_to_host() -> bool:
+    """`has_pinned_host`, with a warning where there is none."""
+    offloads = has_pinned_host()
     if not offloads:
         logger.warning(
             "use_gradient_checkpointing: %s has no host memory apart from its own; "
             "what would be offloaded stays",
-            device.platform,
+            jax.devices()[0].platform,
         )
     return offloads

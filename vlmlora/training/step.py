@@ -1,4 +1,4 @@
-"""One optimizer step as one compiled program."""
+"""One optimizer step as one compiled program, which is known to fit before it runs."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -10,9 +10,27 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray, PyTree
+from rich.console import Console
 
 from vlmlora.distributed import mesh_of, place_batch, replicate_unplaced
+from vlmlora.training.auto import (
+    Planner,
+    Program,
+    available_bytes,
+    bytes_of_program,
+    choose,
+    fits,
+    too_large,
+)
 from vlmlora.training.loss import LossFn
+from vlmlora.training.remat import (
+    AUTO,
+    CheckpointedLoss,
+    GradientCheckpointing,
+    has_auto,
+    name_of_policy,
+    policy_by_part,
+)
 
 
 @functools.partial(
@@ -51,12 +69,27 @@ def init_train_state(adapters: PyTree, optimizer: optax.GradientTransformation) 
     return TrainState(adapters, opt_state, step)
 
 
-def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation) -> TrainStep:
+def make_train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    memory_budget: int | None = None,
+    verbose: bool = True,
+) -> TrainStep:
     """``state, metrics = step(state, frozen, batch, key=None)``, jitted, the old state donated.
+
+    The first call with a batch of new shapes compiles the step and compares the memory that the compiler says
+    it takes with what the device has left, before anything runs. If the loss leaves its gradient
+    checkpointing to be chosen (``"auto"``), that call chooses the policy that repeats the least work among
+    those that fit, see `vlmlora.training.auto`, and keeps the choice in the user's cache directory for the
+    next run.
 
     Args:
         loss_fn: from `vlmlora.training.loss.make_loss_fn`.
         optimizer: any optax transformation.
+        memory_budget: bytes that the step may take on a device, weights included. None: what JAX's allocator
+            has left, by default 75 % of a GPU's memory; on a CPU there is no limit.
+        verbose: print which policy was chosen.
 
     Returns:
         The step. Its metrics are ``loss`` (before the update) and ``grad_norm``, float32 scalars on the
@@ -64,52 +97,176 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation) ->
         rows of a batch of host arrays are put on its devices, and the new state lies as the old one.
 
     Raises:
+        StepTooLargeError: when the step is called and does not fit; a `MemoryError` that says what is needed,
+            what there is, and what would fit. The state is as it was.
         ValueError: when the step is called on a mesh with a batch whose rows do not divide among its devices.
     """
 
-    def step(
-        state: TrainState, frozen: PyTree, batch: Mapping[str, jax.Array], key: PRNGKeyArray | None = None
-    ) -> tuple[TrainState, Metrics]:
-        step_key = None if key is None else jax.random.fold_in(key, state.step)
-        loss, grads = jax.value_and_grad(loss_fn)(state.adapters, frozen, batch, key=step_key)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.adapters)
-        adapters = optax.apply_updates(state.adapters, updates)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(adapters, opt_state, state.step + 1), metrics
+    def step_of(loss_fn: LossFn) -> TrainStep:
+        def step(
+            state: TrainState,
+            frozen: PyTree,
+            batch: Mapping[str, jax.Array],
+            key: PRNGKeyArray | None = None,
+        ) -> tuple[TrainState, Metrics]:
+            step_key = None if key is None else jax.random.fold_in(key, state.step)
+            loss, grads = jax.value_and_grad(loss_fn)(state.adapters, frozen, batch, key=step_key)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.adapters)
+            adapters = optax.apply_updates(state.adapters, updates)
+            metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+            return TrainState(adapters, opt_state, state.step + 1), metrics
 
-    return _Step(step)
+        return step
+
+    return _Step(loss_fn, step_of, memory_budget, verbose)
+
+
+def choose_policy(
+    loss_fn: CheckpointedLoss,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    frozen: PyTree,
+    batch: Mapping[str, Any],
+    key: PRNGKeyArray | None = None,
+    *,
+    memory_budget: int | None = None,
+    verbose: bool = True,
+) -> dict[str, Any]:
+    """The policy that ``"auto"`` stands for with such a batch, for training loops that make their own step.
+
+    It is chosen by compiling the step of `make_train_step`; give it to `make_loss_fn`.
+
+    Args:
+        loss_fn: from ``make_loss_fn(graphdef, gradient_checkpointing="auto")``.
+        optimizer: as for `make_train_step`.
+        state: the step's arguments, which are left as they are.
+        frozen: likewise.
+        batch: likewise.
+        key: likewise.
+        memory_budget: as for `make_train_step`.
+        verbose: as for `make_train_step`.
+
+    Returns:
+        A policy for each part, see `vlmlora.training.remat.tower_remats`.
+
+    Raises:
+        StepTooLargeError: no policy fits.
+    """
+    step = make_train_step(loss_fn, optimizer, memory_budget=memory_budget, verbose=verbose)
+    return policy_by_part(step.policy(state, frozen, batch, key))
+
+
+_COMPILER_OPTIONS = {
+    # The copies of one layer's input to and from host memory overlap the computation of its neighbours: they
+    # begin a layer early, and on streams of their own, of which XLA has none by default.
+    "xla_gpu_enable_pipelined_host_offloading": True,
+    "xla_gpu_executable_num_compute_streams": 4,
+}
 
 
 class _Step:
-    """A step, compiled once for a device and once for each way in which a state lies on a mesh."""
+    """A step, compiled once for every shape of its arguments and every way in which they lie on a mesh."""
 
-    def __init__(self, step: TrainStep):
-        self._step = step
-        self._on_device = jax.jit(step, donate_argnums=0)
-        self._on_mesh = functools.cache(self._jit_on_mesh)
+    def __init__(
+        self,
+        loss_fn: LossFn,
+        step_of: Callable[[LossFn], TrainStep],
+        memory_budget: int | None,
+        verbose: bool,
+    ):
+        self._loss_fn = loss_fn
+        self._step_of = step_of
+        self._memory_budget = memory_budget
+        self._verbose = verbose
+        self._step = step_of(loss_fn)
+        self._jitted: dict[Any, Any] = {}
+        self._programs: dict[Any, Program] = {}
 
     def __call__(
         self, state: TrainState, frozen: PyTree, batch: Mapping[str, Any], key: PRNGKeyArray | None = None
     ) -> tuple[TrainState, Metrics]:
         """The new state and the metrics."""
-        jitted, batch = self._prepare(state, batch)
-        return jitted(state, frozen, batch, key)
+        arguments = self._place(state, frozen, batch, key)
+        return self._program(arguments).step(*arguments)
 
     def lower(
         self, state: TrainState, frozen: PyTree, batch: Mapping[str, Any], key: PRNGKeyArray | None = None
     ) -> jax.stages.Lowered:
         """The step's program for these arguments, as ``jax.jit(...).lower``."""
-        jitted, batch = self._prepare(state, batch)
-        return jitted.lower(state, frozen, batch, key)
+        arguments = self._place(state, frozen, batch, key)
+        step = self._program(arguments).step if self._is_open else self._jit(self._loss_fn, state)
+        return step.lower(*arguments)
 
-    def _prepare(self, state: TrainState, batch: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+    def policy(
+        self, state: TrainState, frozen: PyTree, batch: Mapping[str, Any], key: PRNGKeyArray | None = None
+    ) -> GradientCheckpointing | None:
+        """The policy of the step for these arguments, which is compiled; nothing runs."""
+        return self._program(self._place(state, frozen, batch, key)).policy
+
+    def _place(
+        self, state: TrainState, frozen: PyTree, batch: Mapping[str, Any], key: PRNGKeyArray | None
+    ) -> tuple[TrainState, PyTree, Mapping[str, Any], PRNGKeyArray | None]:
         mesh = mesh_of(state)
-        if mesh is None:
-            return self._on_device, batch
-        leaves, structure = jax.tree.flatten(jax.tree.map(lambda leaf: leaf.sharding, state))
-        return self._on_mesh(tuple(leaves), structure), place_batch(batch, mesh)
+        return state, frozen, batch if mesh is None else place_batch(batch, mesh), key
 
-    def _jit_on_mesh(self, leaves: tuple[NamedSharding, ...], structure: Any) -> Any:
-        replicated = NamedSharding(leaves[0].mesh, PartitionSpec())
-        out_shardings = (jax.tree.unflatten(structure, leaves), replicated)
-        return jax.jit(self._step, donate_argnums=0, out_shardings=out_shardings)
+    def _program(self, arguments: tuple[Any, ...]) -> Program:
+        leaves, structure = jax.tree.flatten(arguments)
+        of_leaves = tuple((leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)) for leaf in leaves)
+        if (structure, of_leaves) not in self._programs:
+            self._programs[structure, of_leaves] = self._compile_what_fits(arguments)
+        return self._programs[structure, of_leaves]
+
+    @property
+    def _is_open(self) -> bool:
+        """Whether there is a policy to be chosen."""
+        return isinstance(self._loss_fn, CheckpointedLoss) and has_auto(self._loss_fn.gradient_checkpointing)
+
+    def _compile_what_fits(self, arguments: tuple[Any, ...]) -> Program:
+        available = available_bytes(arguments[:3], self._memory_budget)
+        if self._is_open:
+
+            def compile_with(policy: GradientCheckpointing) -> Program:
+                return self._compile(self._loss_fn.with_checkpointing(policy), arguments)
+
+            program, message = choose(
+                self._loss_fn,
+                arguments,
+                compile_with,
+                available,
+                description={"memory_budget": self._memory_budget},
+            )
+            if self._verbose and jax.process_index() == 0:
+                Console().print(message, highlight=False)
+            return program
+        program = self._compile(self._loss_fn, arguments)
+        if not fits(program, available):
+            planner = None
+            if isinstance(self._loss_fn, CheckpointedLoss):
+                planner = Planner(self._loss_fn.with_checkpointing(AUTO), arguments)
+            raise too_large(program, arguments, available, planner)
+        return program
+
+    def _compile(self, loss_fn: LossFn, arguments: tuple[Any, ...]) -> Program:
+        # What jit runs later is what is compiled here: it keeps the program of a lowering.
+        step = self._jit(loss_fn, arguments[0])
+        compiled = step.lower(*arguments).compile()
+        policy = loss_fn.gradient_checkpointing if isinstance(loss_fn, CheckpointedLoss) else None
+        return Program(policy, step, bytes_of_program(compiled))
+
+    def _jit(self, loss_fn: LossFn, state: TrainState) -> Any:
+        """The step as a jitted function; on a mesh the new state lies as the old one."""
+        is_given = loss_fn is self._loss_fn
+        policy = None if is_given else name_of_policy(loss_fn.gradient_checkpointing)
+        mesh, where = mesh_of(state), {}
+        if mesh is not None:
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+            where = {"out_shardings": (shardings, NamedSharding(mesh, PartitionSpec()))}
+        key = policy, None if mesh is None else (jax.tree.structure(state), *jax.tree.leaves(shardings))
+        if key not in self._jitted:
+            self._jitted[key] = jax.jit(
+                self._step if is_given else self._step_of(loss_fn),
+                donate_argnums=0,
+                compiler_options=_COMPILER_OPTIONS,
+                **where,
+            )
+        return self._jitted[key]

@@ -6,8 +6,8 @@ multiplies by the scale in float32, rounds once and writes 16 bytes; its neighbo
 all loads under way at once. The table has a column for every lane, so that lanes never wait for each
 other's bank. The matrix is flat: a block of codes that straddles two rows needs no care.
 
-A dense matrix may be appended, below or to the right of the decoded one (`Appended`): further threads copy
-it.
+Dense matrices may stand to the right of the decoded one and below it, in one result (`Frame`): further
+threads copy them.
 """
 
 import dataclasses
@@ -40,32 +40,50 @@ class Tuning:
 
 
 @dataclasses.dataclass(frozen=True)
-class Appended:
-    """A bfloat16 matrix beside the decoded one, in one result.
+class Frame:
+    """bfloat16 matrices around the decoded one; every number a multiple of 8.
 
     Attributes:
-        columns: of the decoded matrix, a multiple of 8.
-        size: elements of the appended matrix.
-        pitch: elements from row to row of the result; `columns` where the matrix stands below, more where it
-            stands to the right. A multiple of 8.
+        rows: of the decoded matrix.
+        columns: of the decoded matrix.
+        right: columns of the matrix to its right.
+        below: rows of the matrix below, which is as wide as both together.
     """
 
+    rows: int
     columns: int
-    size: int
-    pitch: int
+    right: int
+    below: int
+
+    @property
+    def pitch(self) -> int:
+        """Elements from row to row of the result."""
+        return self.columns + self.right
+
+    @property
+    def right_words(self) -> int:
+        """Words of 8 elements to the right."""
+        return self.rows * self.right // ELEMENTS
+
+    @property
+    def below_words(self) -> int:
+        """Words of 8 elements below."""
+        return self.below * self.pitch // ELEMENTS
 
     def place(self, index: Any) -> Any:
         """Byte at which the decoded matrix's word `index` goes."""
-        if self.pitch == self.columns:
+        if not self.right:
             return index << 4
-        return (index << 4) + (index // (self.columns // ELEMENTS)) * (2 * (self.pitch - self.columns))
+        return (index << 4) + (index // (self.columns // ELEMENTS)) * (2 * self.right)
 
-    def place_appended(self, index: Any, words: int) -> Any:
-        """Byte at which the appended matrix's word `index` goes, behind `words` words of the decoded one."""
-        if self.pitch == self.columns:
-            return (index + words) << 4
-        width = (self.pitch - self.columns) // ELEMENTS
+    def place_right(self, index: Any) -> Any:
+        """Byte at which word `index` of the matrix to the right goes."""
+        width = self.right // ELEMENTS
         return (index // width) * (2 * self.pitch) + ((index % width) << 4) + 2 * self.columns
+
+    def place_below(self, index: Any) -> Any:
+        """Byte at which word `index` of the matrix below goes."""
+        return (index + self.rows * self.pitch // ELEMENTS) << 4
 
 
 def dequantize(
@@ -74,20 +92,20 @@ def dequantize(
     size: int,
     dtype: DTypeLike,
     nested: bool,
-    appended: Appended | None = None,
+    frame: Frame | None = None,
     tuning: Tuning | None = None,
 ) -> Kernel:
     """The kernel that decodes `size` elements.
 
     Its inputs are the codes, uint8 [size / 2], then the scales: float32 [blocks], or the four arrays of
-    doubly quantised scales, then what is appended. Its result is flat.
+    doubly quantised scales, then what the frame holds to the right and below. Its result is flat.
 
     Args:
         book: the 16 values.
         size: elements, a multiple of 8; blocks have 64.
         dtype: bfloat16 or float32.
         nested: the scales are doubly quantised.
-        appended: a matrix that is put beside the decoded one; bfloat16 only.
+        frame: what stands around the decoded matrix; bfloat16 only.
         tuning: how the work is cut.
     """
     tuning = tuning or Tuning()
@@ -97,19 +115,25 @@ def dequantize(
     whole = words % per_block == 0
     is_wide = jnp.dtype(dtype) == jnp.float32
     decoding_blocks = -(-words // per_block)
-    appended_words = 0 if appended is None else appended.size // ELEMENTS
+    parts = []  # of the frame: words, and where each goes
+    if frame is not None:
+        parts = [(frame.right_words, frame.place_right), (frame.below_words, frame.place_below)]
+        parts = [part for part in parts if part[0]]
+    blocks = [-(-count // threads) for count, _ in parts]
 
     def body(t: ModuleType, inputs: list, out: Any, scratch: list) -> None:
-        if appended is None:
+        if not parts:
             decode(t, inputs, out, scratch)
             return
-        *inputs, beside = inputs
+        inputs, beside = inputs[: -len(parts)], inputs[-len(parts) :]
         with t.when(t.block() < decoding_blocks):
             decode(t, inputs, out, scratch)
-        with t.when(t.Word(decoding_blocks - 1) < t.block()):
-            index = (t.block() - decoding_blocks) * threads + t.thread()
-            with t.when(index < appended_words):
-                t.store_words(out, appended.place_appended(index, words), t.load_words(beside, index << 4, 4))
+        first = decoding_blocks
+        for (count, place), source, size in zip(parts, beside, blocks, strict=True):
+            index = (t.block() - first) * threads + t.thread()
+            with t.when(t.both(t.Word(first - 1) < t.block(), index < count)):
+                t.store_words(out, place(index), t.load_words(source, index << 4, 4))
+            first += size
 
     def decode(t: ModuleType, inputs: list, out: Any, scratch: list) -> None:
         codes, *scales = inputs
@@ -128,16 +152,16 @@ def dequantize(
             scale = decode_scale(t, scales, scale_table, raw)
             values = [t.multiply(_lookup(t, table, word, nibble, lane4), scale) for nibble in range(ELEMENTS)]
             if whole:
-                _write(t, out, index, values, is_wide, appended)
+                _write(t, out, index, values, is_wide, frame)
             else:
                 with t.when(index < words):
-                    _write(t, out, index, values, is_wide, appended)
+                    _write(t, out, index, values, is_wide, frame)
 
     return Kernel(
         body,
-        shape=(size + ELEMENTS * appended_words,),
+        shape=(size + ELEMENTS * sum(count for count, _ in parts),),
         dtype=dtype,
-        grid=decoding_blocks + -(-appended_words // threads),
+        grid=decoding_blocks + sum(blocks),
         warps=tuning.warps,
         scratch=(16 * LANES, NESTED_CODES if nested else 1),
         name="nf4_dequantize",
@@ -179,13 +203,11 @@ def _lookup(t: ModuleType, table: Any, word: Any, nibble: int, lane4: Any) -> An
     return t.load_shared_float(table, (moved & 0x780) | lane4)
 
 
-def _write(
-    t: ModuleType, out: Any, index: Any, values: list, is_wide: bool, appended: Appended | None
-) -> None:
+def _write(t: ModuleType, out: Any, index: Any, values: list, is_wide: bool, frame: Frame | None) -> None:
     if is_wide:
         bits = [t.as_word(value) for value in values]
         t.store_words(out, index << 5, bits[:4])
         t.store_words(out, (index << 5) + 16, bits[4:])
     else:
-        place = index << 4 if appended is None else appended.place(index)
+        place = index << 4 if frame is None else frame.place(index)
         t.store_words(out, place, [t.pack_bfloat16(*values[i : i + 2]) for i in range(0, ELEMENTS, 2)])

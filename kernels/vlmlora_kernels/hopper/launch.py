@@ -20,10 +20,11 @@ class Kernel:
         body: called as ``body(t, inputs, out, scratch)``; `t` has the names of `simt`, the rest are pointers.
         shape: of the result.
         dtype: of the result.
-        grid: number of blocks of threads.
+        grid: number of blocks of threads, or of clusters of them.
         warps: warps of a block; a multiple of 4.
         scratch: words of each array in shared memory.
         name: what a profiler shows.
+        cluster: blocks of a cluster, which can read each other's shared memory.
     """
 
     body: Callable[..., None]
@@ -33,9 +34,17 @@ class Kernel:
     warps: int
     scratch: tuple[int, ...]
     name: str
+    cluster: int = 1
 
     def __call__(self, *inputs: jax.Array) -> jax.Array:
         """Run on a Hopper GPU."""
+        result = self.launch(*inputs)
+        # Inside shard_map the result varies over the mesh axes that an input varies over; Pallas drops them.
+        varying = frozenset().union(*(_varying(x) for x in inputs)) - _varying(result)
+        return jax.lax.pcast(result, tuple(varying), to="varying") if varying else result
+
+    def launch(self, *inputs: jax.Array) -> jax.Array:
+        """The call of the kernel itself."""
         count = len(inputs)
 
         def kernel_body(*refs: Any) -> None:
@@ -52,15 +61,14 @@ class Kernel:
             out_type=jax.ShapeDtypeStruct(self.shape, self.dtype),
             grid=(self.grid,),
             grid_names=("block",),
+            cluster=(self.cluster,) if self.cluster > 1 else (),
+            cluster_names=("rank",) if self.cluster > 1 else (),
             num_threads=self.warps // 4,
             thread_name="warpgroup",
             scratch_types=[plgpu.SMEM((words,), jnp.int32) for words in self.scratch],
             kernel_name=self.name,
         )
-        result = run(*inputs)
-        # Inside shard_map the result varies over the mesh axes that an input varies over; Pallas drops them.
-        varying = frozenset().union(*(_varying(x) for x in inputs)) - _varying(result)
-        return jax.lax.pcast(result, tuple(varying), to="varying") if varying else result
+        return run(*inputs)
 
 
 def _varying(x: jax.Array) -> frozenset:

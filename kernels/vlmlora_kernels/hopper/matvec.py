@@ -1,15 +1,19 @@
 """``x @ W.T`` for few tokens and a 4-bit or 8-bit W that is read once, on a Hopper GPU.
 
 Each block of threads owns a band of W's rows, its warps some of those rows and a share of the columns each.
-A warp walks along its columns by itself: it keeps the codes of the next columns in flight in registers,
-turns each byte into two bfloat16 with a table in shared memory, and multiplies with the tensor cores
+A warp walks along its columns: it keeps the codes of the next columns in flight in registers, turns each
+byte into two bfloat16 with a table in shared memory, and multiplies with the tensor cores
 (``mma.m16n8k16``: rows of W by tokens). The sum over the 64 columns of a block of codes is multiplied by
 the block's float32 scale and added to the total. So W is rounded once, to the bfloat16 of its 16 values,
 and the scales are not rounded at all. At the end the warps that share rows add their totals, always in the
-same order.
+same order; with a `cluster`, the blocks that share a band do so too, through each other's shared memory.
 
-Which column stands where inside the 64 does not matter to a sum: thread `t` of a row's four takes the 16
-columns from ``16 * t`` on, so codes and `x` come in wide, contiguous loads.
+`x` is read through the L1 cache, or, for more tokens, copied to shared memory ahead of its use
+(``Tuning.stages``), where the warps that share columns find it together.
+
+Which column stands where inside the 64 does not matter to a sum, so each thread of a row's four takes 16
+neighbouring columns, and codes and `x` come in wide, contiguous loads. 16 bytes of 4-bit codes are 32
+columns: threads load those, and two that are two apart swap halves.
 """
 
 import dataclasses
@@ -23,7 +27,6 @@ from vlmlora_kernels.hopper.dequantize import LANES, NESTED_CODES, load_scale
 from vlmlora_kernels.hopper.launch import Kernel
 
 COLUMNS = 64  # of a piece: one block of codes
-UNIT = 4  # pieces that are loaded together
 _MAGIC = 8388608.0  # 2 ** 23: a float32 whose low mantissa bits count ones.
 _RECIPROCAL_127 = 7.874015718698502e-3
 
@@ -37,12 +40,18 @@ class Tuning:
         splits: warps that share the columns of a group.
         row_tiles: times 16 rows in a group.
         lookahead: loads of `x` that are under way while one is used.
+        unit: blocks of 64 columns whose codes a warp loads together, 2 or 4.
+        stages: units of `x` in shared memory, at least 2; with 0, `x` is read through the L1 cache.
+        cluster: blocks of threads that share the columns of a band, 1 to 8.
     """
 
     groups: int
     splits: int
     row_tiles: int = 1
     lookahead: int = 3
+    unit: int = 4
+    stages: int = 0
+    cluster: int = 1
 
     @property
     def rows(self) -> int:
@@ -53,6 +62,21 @@ class Tuning:
     def warps(self) -> int:
         """Warps of a block, in whole warpgroups; those beyond ``groups * splits`` idle."""
         return -(-self.groups * self.splits // 4) * 4
+
+    @property
+    def columns(self) -> int:
+        """The fewest columns of W that this takes."""
+        return COLUMNS * self.unit * self.splits * self.cluster
+
+    def shared_words(self, tokens: int) -> int:
+        """Words of shared memory for `x`, and for the totals of the warps in the same place afterwards."""
+        padded = -(-tokens // 8) * 8
+        x = self.stages * self.splits * self.unit * padded * COLUMNS // 2
+        return max(x, self.groups * self.splits * padded * _padded_rows(self))
+
+
+def _padded_rows(tuning: Tuning) -> int:
+    return 16 * tuning.row_tiles + 4  # so that the lanes of a store meet different banks
 
 
 class FourBit:
@@ -85,6 +109,28 @@ class FourBit:
             t.fill(scale_table, scales[2], NESTED_CODES, thread, warps * LANES)
             offset = t.load_float(scales[3], 0)
         return _FourBitDecoding(t, scales, table, scale_table, lane << 2, offset)
+
+    def quarter(self, quarter: Any) -> Any:
+        """Which quarter of a piece's columns the thread holds after `arrange`."""
+        return ((quarter & 1) << 1) | (quarter >> 1)
+
+    def load(self, t: ModuleType, row: Any, quarter: Any, pieces: int) -> list:
+        """Start loading an even number of pieces of a row: 16 bytes of each two."""
+        at = row.shifted(quarter << 4)
+        return [word for pair in range(pieces // 2) for word in t.load_words(at, pair * 64, 4, once=True)]
+
+    def arrange(self, t: ModuleType, words: list, quarter: Any) -> list[list]:
+        """The words of each piece: the low half of a row's threads loaded the first of two, and keeps its own
+        first words and gets those of the second."""
+        low = quarter < 2
+        pieces = []
+        for at in range(0, len(words), 4):
+            first, second = words[at : at + 2], words[at + 2 : at + 4]
+            sent = [t.select(low, b, a) for a, b in zip(first, second, strict=True)]
+            received = [t.shuffle_xor(word, 2) for word in sent]
+            pieces.append([t.select(low, a, b) for a, b in zip(first, received, strict=True)])
+            pieces.append([t.select(low, a, b) for a, b in zip(received, second, strict=True)])
+        return pieces
 
 
 @dataclasses.dataclass
@@ -123,6 +169,19 @@ class EightBit:
         """Nothing to prepare."""
         return _EightBitDecoding(t)
 
+    def quarter(self, quarter: Any) -> Any:
+        """Which quarter of a piece's columns the thread holds."""
+        return quarter
+
+    def load(self, t: ModuleType, row: Any, quarter: Any, pieces: int) -> list:
+        """Start loading pieces of a row."""
+        at = row.shifted(quarter << 4)
+        return [word for piece in range(pieces) for word in t.load_words(at, piece * 64, 4, once=True)]
+
+    def arrange(self, t: ModuleType, words: list, quarter: Any) -> list[list]:
+        """The words of each piece."""
+        return [words[at : at + 4] for at in range(0, len(words), 4)]
+
 
 @dataclasses.dataclass
 class _EightBitDecoding:
@@ -146,163 +205,275 @@ def matmul(decoder: FourBit | EightBit, *, tokens: int, shape: tuple[int, int], 
     Args:
         decoder: what the codes mean.
         tokens: rows of `x`.
-        shape: (out, in); `in` a multiple of 64, with 256 columns or more for each of the `splits`.
+        shape: (out, in); `in` a multiple of 64, and ``tuning.columns`` or more.
         tuning: how the work is cut.
     """
     out_features, in_features = shape
     token_tiles = -(-tokens // 8)
+    padded_tokens = 8 * token_tiles
     row_tiles, splits, warps, band = tuning.row_tiles, tuning.splits, tuning.warps, tuning.rows
+    unit, stages, blocks_of_band = tuning.unit, tuning.stages, tuning.cluster
+    halves = range(2 * row_tiles)
     group_rows = 16 * row_tiles
     threads = warps * LANES
     pieces = in_features // COLUMNS
+    shares = splits * blocks_of_band
     piece_bytes = 16 * decoder.words
-    has_tail = pieces % (UNIT * splits) != 0
-    padded = group_rows + 4  # so that the lanes of a store meet different banks
-    group_words = 8 * token_tiles * padded
+    has_tail = pieces % (unit * shares) != 0
+    padded_rows = _padded_rows(tuning)
+    group_words = padded_tokens * padded_rows
     tile_totals = 4 * token_tiles
 
     def body(t: ModuleType, inputs: list, out: Any, scratch: list) -> None:
         x, codes, *scales = inputs
-        partial, *tables = scratch
+        shared, *tables = scratch
         thread, lane, warp = t.thread(), t.lane(), t.warp()
         row_in_tile, quarter = lane >> 2, lane & 3
+        columns = decoder.quarter(quarter)
         group, split = warp // splits, warp % splits
-        first_piece = (split * pieces) // splits
-        count = ((split + 1) * pieces) // splits - first_piece
-        full = count >> 2
-        band_start = t.block() * band
+        works = warp < tuning.groups * splits
+        if blocks_of_band == 1:
+            rank, band_start = t.Word(0), t.block() * band
+        else:
+            rank, band_start = t.cluster_rank(), t.cluster() * band
+        share = rank * splits + split
+        first_piece = (share * pieces) // shares
+        count = ((share + 1) * pieces) // shares - first_piece
+        # Warps that wait for each other take as many steps, and the rest, up to a whole unit, as their tail.
+        full = t.hidden(t.Word(pieces // shares // unit)) if stages else count // unit
         rows = [
             (band_start + group * group_rows + (row_in_tile + 8 * half)).min(out_features - 1)
-            for half in range(2 * row_tiles)
+            for half in halves
         ]
-        blocks = [row * pieces + first_piece for row in rows]
-        code_bases = [codes.shifted(start * piece_bytes + quarter * (piece_bytes // 4)) for start in blocks]
-        x_bases = []
-        for tile in range(token_tiles):
-            token = row_in_tile + 8 * tile
-            token = token.min(tokens - 1) if 8 * tile + 8 > tokens else token
-            x_bases.append(x.shifted(((token * pieces + first_piece) * COLUMNS + (quarter << 4)) << 1))
+        starts = [row * pieces + first_piece for row in rows]
+        code_rows = [codes.shifted(start * piece_bytes) for start in starts]
 
-        def load_unit(unit: Any, left: Any = None) -> list:
-            """Start the loads of a unit: for each row its codes and one of its four scales."""
+        def load_unit(number: Any) -> list[tuple[list, tuple]]:
+            """Start the loads of a unit: for each row its codes, and one scale a thread."""
             loaded = []
-            for base, start in zip(code_bases, blocks, strict=True):
-                at = base.shifted(unit * (UNIT * piece_bytes))
-                for index in range(UNIT):
-                    # Past its last piece a warp reads that one again.
-                    offset = (
-                        index * piece_bytes if left is None else t.Word(index).min(left - 1) * piece_bytes
-                    )
-                    loaded += [w.value for w in t.load_words(at, offset, decoder.words, once=True)]
-                if decoder.has_block_scales:
-                    mine = quarter if left is None else quarter.min(left - 1)
-                    raw = load_scale(t, scales, start + unit * UNIT + mine)
-                    loaded += [getattr(value, "value", value) for value in raw]
+            for row, start in zip(code_rows, starts, strict=True):
+                words = decoder.load(t, row.shifted(number * (unit * piece_bytes)), quarter, unit)
+                mine = start + number * unit + (quarter & (unit - 1))
+                loaded.append((words, load_scale(t, scales, mine) if decoder.has_block_scales else ()))
             return loaded
 
-        def multiply_unit(decoding: Any, loaded: list, unit: Any, totals: list, left: Any = None) -> list:
-            """Add the products of a unit's pieces to the totals."""
-            size = UNIT * decoder.words
-            each = len(loaded) // (2 * row_tiles)
-            codes_of_row = [[t.Word(v) for v in loaded[at : at + size]] for at in range(0, len(loaded), each)]
-            scale_of_row = [
-                decoding.scale(tuple(loaded[at + size : at + each]))
-                for at in range(0, len(loaded), each)
-                if decoder.has_block_scales
-            ]
-            x_at = [base.shifted(unit * (UNIT * COLUMNS * 2)) for base in x_bases]
+        def load_tail(left: Any) -> list[tuple[list, tuple]]:
+            """The same after the last whole unit, where `left` pieces are; further ones are those again."""
+            loaded = []
+            for row, start in zip(code_rows, starts, strict=True):
+                at = row.shifted(full * (unit * piece_bytes) + columns * (piece_bytes // 4))
+                words = []
+                for index in range(unit):
+                    offset = t.Word(index).min(left - 1) * piece_bytes
+                    words += t.load_words(at, offset, decoder.words, once=True)
+                mine = start + full * unit + quarter.min(left - 1)
+                loaded.append((words, load_scale(t, scales, mine) if decoder.has_block_scales else ()))
+            return loaded
 
-            def load_x(item: int) -> list:
-                index, tile = divmod(item, token_tiles)
+        def from_cache(number: Any):
+            """A function that loads the thread's 16 columns of a piece and a tile of tokens."""
+            at = []
+            for tile in range(token_tiles):
+                token = row_in_tile + 8 * tile
+                token = token.min(tokens - 1) if 8 * tile + 8 > tokens else token
+                row = x.shifted(((token * pieces + first_piece) * COLUMNS + (columns << 4)) << 1)
+                at.append(row.shifted(number * (unit * COLUMNS * 2)))
+
+            def load(index: int, tile: int) -> list:
                 offset = index * COLUMNS * 2
-                return t.load_words(x_at[tile], offset, 4) + t.load_words(x_at[tile], offset + 16, 4)
+                return t.load_words(at[tile], offset, 4) + t.load_words(at[tile], offset + 16, 4)
 
-            def multiply_piece(index: int, xs: Any, totals: list) -> list:
-                totals = list(totals)
-                words = [row[index * decoder.words : (index + 1) * decoder.words] for row in codes_of_row]
-                # Of each tile of 16 rows: four steps of 16 columns, as PTX wants the first operand.
-                a = [
-                    [
-                        [decoding.pair(w, 2 * j + k) for k in range(2) for w in words[2 * r : 2 * r + 2]]
-                        for j in range(4)
-                    ]
-                    for r in range(row_tiles)
+            return load
+
+        stage_bytes = unit * padded_tokens * COLUMNS * 2
+        # A row of the table is a token's 64 columns, in eight parts that are permuted so that the lanes of
+        # a load, and of a copy, meet different banks.
+        parts = [(row_in_tile << 7) + ((((columns << 1) | half) ^ row_in_tile) << 4) for half in range(2)]
+
+        def from_stage(number: Any):
+            """The same from shared memory."""
+            start = ((number % stages) * splits + split) * stage_bytes
+            at = [shared.shifted(start + part) for part in parts]
+
+            def load(index: int, tile: int) -> list:
+                offset = (index * padded_tokens + 8 * tile) * COLUMNS * 2
+                return t.load_words(at[0], offset, 4) + t.load_words(at[1], offset, 4)
+
+            return load
+
+        lanes_of_token = 8 * unit
+        tokens_at_once = tuning.groups * (LANES // lanes_of_token)
+        own_token = group * (LANES // lanes_of_token) + lane // lanes_of_token
+        own_piece, own_part = (lane % lanes_of_token) >> 3, lane & 7
+        x_source = x.shifted(
+            ((own_token * pieces + first_piece) * COLUMNS << 1) + ((lane % lanes_of_token) << 4)
+        )
+
+        def start_x(number: Any) -> None:
+            """Start copying a unit of `x`; the warps that share its columns do it together."""
+            start = ((number % stages) * splits + split) * stage_bytes + own_piece * (padded_tokens * 128)
+            source = x_source.shifted(number * (unit * COLUMNS * 2))
+            is_inside = number * unit + own_piece < count  # the last unit may not be whole
+            for first in range(0, tokens, tokens_at_once):
+                token = own_token + first
+                at = shared.shifted(start + (own_token << 7) + ((own_part ^ (token & 7)) << 4))
+                needed = t.both(is_inside, token < tokens)
+                if not has_tail and first + tokens_at_once <= tokens:
+                    t.copy_async(at, first << 7, source, first * in_features * 2)
+                else:
+                    with t.when(needed):
+                        t.copy_async(at, first << 7, source, first * in_features * 2)
+
+        def multiply_piece(words: list, factors: list, xs: Any, totals: list) -> list:
+            """Add the product of each row's `words` and ``xs(tile)`` to the totals."""
+            totals = list(totals)
+            # Of each tile of 16 rows: four steps of 16 columns, as PTX wants the first operand.
+            a = [
+                [
+                    [words_pair(w, 2 * j + k) for k in range(2) for w in words[2 * r : 2 * r + 2]]
+                    for j in range(4)
                 ]
-                source = (lane & 28) | index
-                factors = [t.as_float(t.shuffle(scale, source)) for scale in scale_of_row]
-                for tile in range(token_tiles):
-                    here = xs(index * token_tiles + tile)
-                    for r in range(row_tiles):
-                        at = r * tile_totals + 4 * tile
-                        old = totals[at : at + 4]
-                        sums = [t.constant(0.0)] * 4 if decoder.has_block_scales else old
-                        for j in range(4):
-                            sums = t.mma(a[r][j], here[2 * j : 2 * j + 2], sums)
-                        if decoder.has_block_scales:
-                            sums = [t.fma(sums[k], factors[2 * r + k // 2], old[k]) for k in range(4)]
-                        totals[at : at + 4] = sums
-                return totals
-
-            if left is not None:
-                for index in range(UNIT - 1):
-
-                    def one_piece(index: int = index, totals: list = totals) -> list:
-                        return multiply_piece(index, load_x, totals)
-
-                    totals = t.branch(t.Word(index) < left, totals, one_piece)
-                return totals
-            items = UNIT * token_tiles
-            coming = [load_x(item) for item in range(min(tuning.lookahead, items))]
-
-            def next_x(item: int) -> list:
-                if item + tuning.lookahead < items:
-                    coming.append(load_x(item + tuning.lookahead))
-                return coming.pop(0)
-
-            for index in range(UNIT):
-                totals = multiply_piece(index, next_x, totals)
+                for r in range(row_tiles)
+            ]
+            for tile in range(token_tiles):
+                here = xs(tile)
+                for r in range(row_tiles):
+                    at = r * tile_totals + 4 * tile
+                    old = totals[at : at + 4]
+                    sums = [t.constant(0.0)] * 4 if decoder.has_block_scales else old
+                    for j in range(4):
+                        sums = t.mma(a[r][j], here[2 * j : 2 * j + 2], sums)
+                    if decoder.has_block_scales:
+                        sums = [t.fma(sums[k], factors[2 * r + k // 2], old[k]) for k in range(4)]
+                    totals[at : at + 4] = sums
             return totals
 
-        works = warp < tuning.groups * splits
+        def factors_of(scales_of_row: list, index: int) -> list:
+            source = (lane & 28) | index
+            return [t.as_float(t.shuffle(scale, source)) for scale in scales_of_row]
+
+        def multiply_unit(loaded: list, load_x: Any, totals: list) -> list:
+            """Add the products of a whole unit."""
+            words_of_row = [decoder.arrange(t, words, quarter) for words, _ in loaded]
+            scales_of_row = [decoding.scale(raw) for _, raw in loaded if raw]
+            items = [(index, tile) for index in range(unit) for tile in range(token_tiles)]
+            coming = [load_x(*item) for item in items[: tuning.lookahead]]
+            waiting = iter(items[tuning.lookahead :])
+
+            def next_x(tile: int) -> list:
+                following = next(waiting, None)
+                if following:
+                    coming.append(load_x(*following))
+                return coming.pop(0)
+
+            for index in range(unit):
+                words = [row[index] for row in words_of_row]
+                totals = multiply_piece(words, factors_of(scales_of_row, index), next_x, totals)
+            return totals
+
+        def multiply_tail(left: Any, totals: list) -> list:
+            """Add the products of the pieces after the last whole unit, `left` of them."""
+            if stages:
+                wait_for_x()
+            loaded = load_tail(left)
+            scales_of_row = [decoding.scale(raw) for _, raw in loaded if raw]
+            load_x = from_stage(full) if stages else from_cache(full)
+            size = decoder.words
+            for index in range(unit if stages else unit - 1):
+
+                def one_piece(index: int = index, totals: list = totals) -> list:
+                    words = [row[index * size : (index + 1) * size] for row, _ in loaded]
+                    factors = factors_of(scales_of_row, index)
+                    return multiply_piece(words, factors, lambda tile: load_x(index, tile), totals)
+
+                totals = t.branch(t.Word(index) < left, totals, one_piece)
+            return totals
+
+        def wait_for_x() -> None:
+            """Wait until all copies of this step are there, and none reads the stage that is written next."""
+            t.wait_copies(stages - 2)
+            t.barrier_among(split + 1, LANES * tuning.groups)
+
+        units = full + 1 if has_tail else full
+        if stages:
+            for ahead in range(stages - 1):
+                with t.when(t.both(works, t.Word(ahead) < units)):
+                    start_x(t.Word(ahead))
+                t.commit_copies()
         loaded = load_unit(t.Word(0))
         decoding = decoder.start(t, scales, tables, warps)
+        words_pair = decoding.pair
         t.barrier()
+        layout = [(len(words), len(raw)) for words, raw in loaded]
+
+        def flat(loaded: list) -> list:
+            return [getattr(v, "value", v) for words, raw in loaded for v in (*words, *raw)]
+
+        def unflat(values: list) -> list:
+            values, loaded = iter(values), []
+            for count_of_words, count_of_raw in layout:
+                words = [t.Word(next(values)) for _ in range(count_of_words)]
+                raw = [next(values) for _ in range(count_of_raw)]
+                loaded.append((words, tuple(raw)))
+            return loaded
 
         def one_step(step: Any, carry: list) -> list:
+            if stages:
+                wait_for_x()
+                with t.when(step + (stages - 1) < units):
+                    start_x(step + (stages - 1))
+                t.commit_copies()
             following = load_unit((step + 1).min(full - 1))
-            return [*following, *multiply_unit(decoding, carry[: len(loaded)], step, carry[len(loaded) :])]
+            load_x = from_stage(step) if stages else from_cache(step)
+            totals = multiply_unit(unflat(carry[:loads]), load_x, carry[loads:])
+            return [*flat(following), *totals]
 
+        first = flat(loaded)
+        loads = len(first)
         zeros = [t.constant(0.0)] * (row_tiles * tile_totals)
         steps = t.select(works, full, t.Word(0))
-        totals = t.loop(steps, [*loaded, *zeros], one_step)[len(loaded) :]
+        totals = t.loop(steps, [*first, *zeros], one_step)[loads:]
         if has_tail:
-            left = t.select(works, count & 3, t.Word(0))
-
-            def tail() -> list:
-                return multiply_unit(decoding, load_unit(full, left), full, totals, left)
-
-            totals = t.branch(t.Word(0) < left, totals, tail)
+            left = t.select(works, count - full * unit, t.Word(0))
+            totals = t.branch(t.Word(0) < left, totals, lambda: multiply_tail(left, totals))
+        if stages:
+            t.barrier()  # the totals take the place of `x`
         with t.when(works):
             for r in range(row_tiles):
                 for tile in range(token_tiles):
                     for k in range(4):
                         token = (quarter << 1) + (8 * tile + k % 2)
-                        word = warp * group_words + token * padded + (row_in_tile + (16 * r + 8 * (k // 2)))
-                        t.store_float(partial, word << 2, totals[r * tile_totals + 4 * tile + k])
-        t.barrier()
-        for first in range(0, band * tokens, threads):
-            index = thread + first
+                        row = row_in_tile + (16 * r + 8 * (k // 2))
+                        word = warp * group_words + token * padded_rows + row
+                        t.store_float(shared, word << 2, totals[r * tile_totals + 4 * tile + k])
+        results = -(-band * tokens // blocks_of_band)
+        if blocks_of_band == 1:
+            t.barrier()
+        else:
+            t.cluster_barrier()
+        for first_index in range(0, results, threads):
+            own = thread + first_index
+            index = rank * results + own
             token, row = index // band, index % band
             at = band_start + row
-            with t.when(t.both(at < out_features, index < band * tokens)):
-                start = (row // group_rows) * (splits * group_words) + token * padded + row % group_rows
+            is_inside = t.both(t.both(own < results, index < band * tokens), at < out_features)
+            with t.when(is_inside):
+                start = (row // group_rows) * (splits * group_words) + token * padded_rows + row % group_rows
                 value = t.constant(0.0)
-                for s in range(splits):
-                    value = t.add(value, t.load_shared_float(partial, (start + s * group_words) << 2))
+                for peer in range(blocks_of_band):
+                    for s in range(splits):
+                        offset = (start + s * group_words) << 2
+                        if blocks_of_band == 1:
+                            part = t.load_shared_float(shared, offset)
+                        else:
+                            part = t.load_peer_float(shared, offset, peer)
+                        value = t.add(value, part)
                 if not decoder.has_block_scales:
                     scale = t.multiply(t.load_float(scales[0], at << 2), t.constant(_RECIPROCAL_127))
                     value = t.multiply(value, scale)
                 t.store_bfloat16(out, (token * out_features + at) << 1, value)
+        if blocks_of_band > 1:
+            t.cluster_barrier()  # none leaves while another reads its totals
 
     return Kernel(
         body,
@@ -310,6 +481,7 @@ def matmul(decoder: FourBit | EightBit, *, tokens: int, shape: tuple[int, int], 
         dtype=jnp.bfloat16,
         grid=-(-out_features // band),
         warps=warps,
-        scratch=(tuning.groups * splits * group_words, *decoder.scratch),
+        scratch=(tuning.shared_words(tokens), *decoder.scratch),
         name=f"{decoder.name}_matmul_few_tokens",
+        cluster=blocks_of_band,
     )

@@ -333,3 +333,71 @@ def fill(target: Pointer, source: Pointer, count: int, thread: Word, threads: in
         else:
             with when(index < count):
                 copy()
+
+
+def barrier_among(number: Word, threads: int) -> None:
+    """Wait for `threads` threads of the block, whole warps, that meet at barrier `number` (1 to 15)."""
+    mgpu_utils.inline_ptx(f"bar.sync $0, {threads};", number.value, has_side_effects=True)
+
+
+def copy_async(target: Pointer, at: Word | int, source: Pointer, offset: Word | int) -> None:
+    """Start copying 16 aligned bytes from global to shared memory, past the L1 cache."""
+    mgpu_utils.inline_ptx(
+        "cp.async.cg.shared.global [$0], [$1], 16;",
+        target.at(at),
+        source.at(offset),
+        has_side_effects=True,
+    )
+
+
+def commit_copies() -> None:
+    """Close a group of the thread's copies."""
+    mgpu_utils.inline_ptx("cp.async.commit_group;", has_side_effects=True)
+
+
+def wait_copies(pending: int) -> None:
+    """Wait until no more than the last `pending` groups of the thread's copies are under way."""
+    mgpu_utils.inline_ptx(f"cp.async.wait_group {pending};", has_side_effects=True)
+
+
+def shuffle_xor(value: Word, mask: int) -> Word:
+    """The value of the lane whose number differs in the bits of `mask`."""
+    return Word(
+        mgpu_utils.inline_ptx(
+            f"shfl.sync.bfly.b32 $0, $1, {mask}, 0x1f, 0xffffffff;",
+            value.value,
+            result_types=i32(),
+            has_side_effects=True,
+        )
+    )
+
+
+def cluster() -> Word:
+    """Index of the cluster of blocks in its grid."""
+    return Word(mgpu_utils.inline_ptx("mov.u32 $0, %clusterid.x;", result_types=i32()))
+
+
+def cluster_rank() -> Word:
+    """Index of the block in its cluster."""
+    return Word(mgpu_utils.inline_ptx("mov.u32 $0, %cluster_ctarank;", result_types=i32()))
+
+
+def cluster_barrier() -> None:
+    """Wait for every thread of the cluster; what they stored to shared memory can be read then."""
+    mgpu_utils.inline_ptx("barrier.cluster.arrive.release.aligned;", has_side_effects=True)
+    mgpu_utils.inline_ptx("barrier.cluster.wait.acquire.aligned;", has_side_effects=True)
+
+
+def load_peer_float(pointer: Pointer, offset: Word | int, rank: int) -> ir.Value:
+    """Load one float32 of the same shared array of another block of the cluster."""
+    return mgpu_utils.inline_ptx(
+        f"{{ .reg .b32 at; mapa.shared::cluster.u32 at, $1, {rank}; ld.shared::cluster.f32 $0, [at]; }}",
+        pointer.at(offset),
+        result_types=f32(),
+        has_side_effects=True,
+    )
+
+
+def hidden(word: Word) -> Word:
+    """The same word, of which the compiler knows nothing: it does not unroll a loop that often."""
+    return Word(mgpu_utils.inline_ptx("mov.b32 $0, $1;", word.value, result_types=i32()))

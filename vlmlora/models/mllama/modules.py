@@ -23,7 +23,15 @@ from vlmlora.nn.linear import Embedding, Linear, apply_to_same
 from vlmlora.nn.mlp import GatedMLP
 from vlmlora.nn.norm import RMSNorm
 from vlmlora.nn.rotary import Rotary, apply_rotary, rotary, scaled_inverse_frequencies
-from vlmlora.nn.stack import LayerList, Remat, scan_layers, scan_mixed_layers
+from vlmlora.nn.stack import (
+    SAVE_ALL,
+    LayerList,
+    Remat,
+    TowerRemats,
+    add_attended,
+    scan_layers,
+    scan_mixed_layers,
+)
 from vlmlora.nn.variables import parameter
 
 EXTRA_EMBEDDINGS = 8
@@ -183,7 +191,7 @@ class SelfAttentionLayer(nnx.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Attention and MLP, each with a residual connection; also the new tokens' keys and values."""
         attended, new = self.self_attn(self.input_layernorm(x), rotary, cache=cache, key=key)
-        x = x + attended
+        x = add_attended(x, attended)
         return x + self.mlp(self.post_attention_layernorm(x), key=key), new
 
 
@@ -212,7 +220,7 @@ class CrossAttentionLayer(nnx.Module):
     ) -> Float[Array, "batch tokens hidden"]:
         """Attention and MLP, each gated and with a residual connection; a row without an image stays."""
         attended = self.cross_attn(self.input_layernorm(x), keys, values, sight, key=key)
-        x = x + gated(self.cross_attn_attn_gate, jnp.where(sight.has_image, attended, 0))
+        x = add_attended(x, gated(self.cross_attn_attn_gate, jnp.where(sight.has_image, attended, 0)))
         hidden = self.mlp(self.post_attention_layernorm(x), key=key)
         return x + gated(self.cross_attn_mlp_gate, jnp.where(sight.sees, hidden, 0))
 
@@ -364,7 +372,7 @@ class MllamaForConditionalGeneration(nnx.Module):
         *,
         segment_ids: Int[Array, "batch tokens"] | None = None,
         cache: MllamaCache | None = None,
-        remat: Remat | None = None,
+        remat: TowerRemats = SAVE_ALL,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "batch tokens hidden"], MllamaCache | None]:
         """Final hidden states (`logits` turns them into logits), and the cache where one was given.
@@ -383,7 +391,7 @@ class MllamaForConditionalGeneration(nnx.Module):
                 of a row. Generated tokens see those whose span reaches as far.
             segment_ids: packed rows, which are refused.
             cache: keys and values of earlier tokens; of images, once they were given with some tokens.
-            remat: wraps the body of the layers' scans.
+            remat: wraps the body of each tower's scans over its layers.
             key: for adapter dropout.
 
         Raises:
@@ -398,7 +406,7 @@ class MllamaForConditionalGeneration(nnx.Module):
         features = row_tiles = None
         if pixel_values is not None:
             features = self.model.vision_model(
-                pixel_values, aspect_ratio_ids, num_tiles, remat=remat, key=vision_key
+                pixel_values, aspect_ratio_ids, num_tiles, remat=remat.vision, key=vision_key
             )
             features = self.model.multi_modal_projector(features)
             features = _of_rows(features, image_index)
@@ -410,7 +418,7 @@ class MllamaForConditionalGeneration(nnx.Module):
             image_spans,
             row_tiles,
             cache=cache,
-            remat=remat,
+            remat=remat.language,
             key=text_key,
         )
 

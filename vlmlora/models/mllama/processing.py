@@ -45,7 +45,10 @@ class MllamaProcessor:
         chat_template: the Jinja template that turns messages into text.
         placeholders: the token that stands for an image.
         patch_multiple: patch slots of an image, which has always the same.
+        why_not_packed: why a row holds one sample.
     """
+
+    why_not_packed = "tokens see images through cross-attention, which would not keep samples apart"
 
     def __init__(
         self,
@@ -118,6 +121,10 @@ class MllamaProcessor:
         """Patch slots that an image takes: those of all tiles, since unfilled ones are computed as well."""
         return self.patch_multiple
 
+    def num_segments(self, item: TiledImage) -> int:
+        """One: the tiles of an image see each other."""
+        return 1
+
     def __call__(self, text: str, images: Sequence[Image.Image] = ()) -> dict[str, np.ndarray]:
         """One text and its images as transformers' processor returns them, without the batch axis.
 
@@ -156,7 +163,9 @@ class MllamaProcessor:
         *,
         image_rows: int,
         patches: int,
+        image_segments: int | None = None,
         first_image_row: int = 0,
+        lengths: None = None,
     ) -> dict[str, np.ndarray]:
         """What the model reads beside the tokens, in static shapes.
 
@@ -167,7 +176,9 @@ class MllamaProcessor:
             videos: for every row none.
             image_rows: images that there is room for; 0 leaves out all that concerns them.
             patches: slots of each, always `patch_multiple`.
+            image_segments: of each image always one.
             first_image_row: number of the first of the images in the batch that `image_index` is for.
+            lengths: None, since rows hold one sample each.
 
         Returns:
             `position_ids` ``[batch, tokens]``, and `pixel_values` ``[image_rows, tiles, channels, height,

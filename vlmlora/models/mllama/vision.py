@@ -10,18 +10,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from transformers import MllamaVisionConfig
 
-from vlmlora.nn.attention import attention
+from vlmlora.nn.attention import attention, hide_keys
 from vlmlora.nn.linear import Embedding, Linear, apply_to_same
 from vlmlora.nn.mlp import MLP
 from vlmlora.nn.norm import LayerNorm
-from vlmlora.nn.stack import Remat, scan_layers_and_keep
+from vlmlora.nn.stack import Remat, add_attended, scan_layers_and_keep
 from vlmlora.nn.variables import parameter
 from vlmlora.quantization.weights import DenseWeight
 
-# A score that no other can make up for, and that float16 holds.
-_HIDDEN_SCORE = 2.0**15
-# The head size stays a multiple of this, which fused kernels ask for.
-_HEAD_MULTIPLE = 8
 # The number of a tile's patches is padded to a multiple of this.
 _PATCH_MULTIPLE = 8
 
@@ -114,16 +110,8 @@ class VisionAttention(nnx.Module):
         heads = (*x.shape[:2], -1, self.head_dim)
         projected = apply_to_same(x, self.q_proj, self.k_proj, self.v_proj, key=key)
         query, keys, values = (each.reshape(heads) for each in projected)
-        # The mask is the outer product of `is_padding` with itself, so one more feature of queries and keys
-        # says it, and attention needs no array of patches × patches.
-        flags = jnp.broadcast_to(is_padding[..., None, None], (*query.shape[:3], 1)).astype(x.dtype)
-        room = jnp.zeros((*query.shape[:3], -(self.head_dim + 1) % _HEAD_MULTIPLE), x.dtype)
-        out = attention(
-            jnp.concatenate([query, -_HIDDEN_SCORE * flags, room], -1),
-            jnp.concatenate([keys, flags, room], -1),
-            jnp.concatenate([values, jnp.zeros_like(flags), room], -1),
-            scale=self.head_dim**-0.5,
-        )
+        query, keys, values = hide_keys(query, keys, values, is_padding, is_padding)
+        out = attention(query, keys, values, scale=self.head_dim**-0.5)
         return self.o_proj(out[..., : self.head_dim].reshape(x.shape), key=key)
 
 
@@ -147,7 +135,7 @@ class VisionEncoderLayer(nnx.Module):
     ) -> Float[Array, "images patches hidden"]:
         """Attention and MLP, each with a residual connection."""
         attended = self.self_attn(self.input_layernorm(x), is_padding, key=key)
-        x = x + (gated(self.gate_attn, attended) if self.is_gated else attended)
+        x = add_attended(x, gated(self.gate_attn, attended) if self.is_gated else attended)
         hidden = self.mlp(self.post_attention_layernorm(x), key=key)
         return x + (gated(self.gate_ffn, hidden) if self.is_gated else hidden)
 

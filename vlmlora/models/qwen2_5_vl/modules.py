@@ -21,7 +21,8 @@ from vlmlora.nn.linear import Embedding, Linear, apply_to_same
 from vlmlora.nn.mlp import GatedMLP, gelu
 from vlmlora.nn.norm import RMSNorm
 from vlmlora.nn.rotary import Rotary, apply_rotary, axial_rotary, inverse_frequencies, multimodal_rotary
-from vlmlora.nn.stack import Remat, scan_layers
+from vlmlora.nn.segments import Segments
+from vlmlora.nn.stack import SAVE_ALL, Remat, TowerRemats, add_attended, scan_layers
 from vlmlora.nn.variables import parameter
 from vlmlora.quantization.weights import DenseWeight, Weight
 
@@ -90,7 +91,7 @@ class VisionBlock(nnx.Module):
 
     def __call__(self, x, rotary: Rotary, attend: Callable, *, key: PRNGKeyArray | None = None):
         """Attention and MLP, each with a residual connection."""
-        x = x + self.attn(self.norm1(x), rotary, attend, key=key)
+        x = add_attended(x, self.attn(self.norm1(x), rotary, attend, key=key))
         return x + self.mlp(self.norm2(x), key=key)
 
 
@@ -128,7 +129,12 @@ class VisionTower(nnx.Module):
         blocks: the stacked layers.
         merger: the tower's width → tokens of the language model.
         theta: base of the rotary frequencies.
+
+    Attributes:
+        has_gaps: whether a frame's patches may have empty slots among them.
     """
+
+    has_gaps = False
 
     def __init__(self, patch_embed: PatchEmbed, blocks: VisionBlock, merger: PatchMerger, *, theta: float):
         self.theta = theta
@@ -141,7 +147,7 @@ class VisionTower(nnx.Module):
         self,
         pixel_values: Float[Array, "rows patches values"],
         patch_positions: Int[Array, "rows patches 2"],
-        segment_ids: Int[Array, "rows patches"] | None = None,
+        segments: Segments | None = None,
         *,
         remat: Remat | None = None,
         key: PRNGKeyArray | None = None,
@@ -151,8 +157,8 @@ class VisionTower(nnx.Module):
         Args:
             pixel_values: flattened patches; those of one token stand together.
             patch_positions: row and column of every patch.
-            segment_ids: the frame that a patch belongs to, from 1; 0 marks an empty slot. None: every row is
-                one frame without an empty slot.
+            segments: the frames of a row of patches; padding is an empty slot. None: every row is one frame
+                without an empty slot.
             remat: wraps the body of the layers' scan.
             key: for adapter dropout.
         """
@@ -160,7 +166,7 @@ class VisionTower(nnx.Module):
         rotary = axial_rotary(patch_positions, inverse_frequencies(self.rotary_dim, self.theta))
 
         def call(block, x, flag, *, key):
-            attend = functools.partial(self.attend, segment_ids=segment_ids, flag=flag)
+            attend = functools.partial(self.attend, segments=segments, flag=flag)
             return block(x, rotary, attend, key=key), None
 
         x, _ = scan_layers(self.blocks, x, call, per_layer=self.flags(), key=key, remat=remat)
@@ -171,10 +177,10 @@ class VisionTower(nnx.Module):
         return None
 
     def attend(
-        self, query: jax.Array, keys: jax.Array, values: jax.Array, *, segment_ids: jax.Array | None, flag
+        self, query: jax.Array, keys: jax.Array, values: jax.Array, *, segments: Segments | None, flag
     ) -> jax.Array:
         """Attention among the patches of a segment."""
-        return attention(query, keys, values, segment_ids=segment_ids)
+        return attention(query, keys, values, segments=segments)
 
 
 class WindowedVisionTower(VisionTower):
@@ -182,6 +188,8 @@ class WindowedVisionTower(VisionTower):
 
     Patches come in window order: each attention window fills one aligned block of slots.
     """
+
+    has_gaps = True
 
     def __init__(self, config, *, dtype: DTypeLike):
         width, merge = config.hidden_size, config.spatial_merge_size**2
@@ -221,18 +229,18 @@ class WindowedVisionTower(VisionTower):
         return jnp.array(self.is_full) if len(set(self.is_full)) > 1 else None
 
     def attend(
-        self, query: jax.Array, keys: jax.Array, values: jax.Array, *, segment_ids: jax.Array | None, flag
+        self, query: jax.Array, keys: jax.Array, values: jax.Array, *, segments: Segments | None, flag
     ) -> jax.Array:
         """Attention to the whole segment where `flag` says so, else to the window that a patch stands in."""
 
         def full(query, keys, values):
-            return attention(query, keys, values, segment_ids=segment_ids)
+            return attention(query, keys, values, segments=segments)
 
         def windowed(query, keys, values):
             blocks = [a.reshape(-1, self.window, *a.shape[2:]) for a in (query, keys, values)]
             lengths = None
-            if segment_ids is not None:
-                filled = (segment_ids.reshape(-1, self.window) > 0).sum(-1)
+            if segments is not None:
+                filled = (segments.ids.reshape(-1, self.window) > 0).sum(-1)
                 # A key too many in an empty window keeps its softmax finite; nothing reads the result.
                 lengths = jnp.maximum(filled, 1).astype(jnp.int32)
             return attention(*blocks, kv_lengths=lengths).reshape(query.shape)
@@ -259,7 +267,7 @@ class Attention(nnx.Module):
         x: Float[Array, "batch tokens hidden"],
         rotary: Rotary,
         *,
-        segment_ids: Int[Array, "batch tokens"] | None = None,
+        segments: Segments | None = None,
         cache: KVCache | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "batch tokens hidden"], KVCache | None]:
@@ -269,7 +277,7 @@ class Attention(nnx.Module):
         query, keys, values = (each.reshape(heads) for each in projected)
         query, keys = apply_rotary(query, rotary), apply_rotary(keys, rotary)
         if cache is None:
-            out = attention(query, keys, values, is_causal=True, segment_ids=segment_ids)
+            out = attention(query, keys, values, is_causal=True, segments=segments)
         else:
             cache = cache.append(keys, values)
             out = attention(query, cache.keys, cache.values, mask=cache.mask(query.shape[1]))
@@ -289,12 +297,12 @@ class DecoderLayer(nnx.Module):
             config.hidden_size, config.intermediate_size, hidden_act=config.hidden_act, bias=False, **shared
         )
 
-    def __call__(self, x, rotary: Rotary, *, segment_ids=None, cache=None, key: PRNGKeyArray | None = None):
+    def __call__(self, x, rotary: Rotary, *, segments=None, cache=None, key: PRNGKeyArray | None = None):
         """Attention and MLP, each with a residual connection; returns the layer's cache too."""
         attended, cache = self.self_attn(
-            self.input_layernorm(x), rotary, segment_ids=segment_ids, cache=cache, key=key
+            self.input_layernorm(x), rotary, segments=segments, cache=cache, key=key
         )
-        x = x + attended
+        x = add_attended(x, attended)
         return x + self.mlp(self.post_attention_layernorm(x), key=key), cache
 
 
@@ -314,7 +322,7 @@ class TextModel(nnx.Module):
         self,
         inputs_embeds: Float[Array, "batch tokens hidden"],
         position_ids: Int[Array, "3 batch tokens"],
-        segment_ids: Int[Array, "batch tokens"] | None = None,
+        segments: Segments | None = None,
         *,
         cache: KVCache | None = None,
         remat: Remat | None = None,
@@ -327,7 +335,7 @@ class TextModel(nnx.Module):
 
         def call(layer, x, layer_arrays, *, key):
             layer_cache = None if cache is None else cache.with_layer(*layer_arrays)
-            x, layer_cache = layer(x, rotary, segment_ids=segment_ids, cache=layer_cache, key=key)
+            x, layer_cache = layer(x, rotary, segments=segments, cache=layer_cache, key=key)
             return x, None if layer_cache is None else (layer_cache.keys, layer_cache.values)
 
         arrays = None if cache is None else (cache.keys, cache.values)
@@ -376,9 +384,11 @@ class Qwen2_5_VLForConditionalGeneration(nnx.Module):
         patch_positions: Int[Array, "rows patches 2"] | None = None,
         image_segment_ids: Int[Array, "rows patches"] | None = None,
         image_token_index: Int[Array, "batch tokens"] | None = None,
+        segment_offsets: Int[Array, "batch bounds"] | None = None,
+        image_segment_offsets: Int[Array, "rows image_bounds"] | None = None,
         *,
         cache: KVCache | None = None,
-        remat: Remat | None = None,
+        remat: TowerRemats = SAVE_ALL,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "batch tokens hidden"], KVCache | None]:
         """Final hidden states (`logits` turns them into logits), and the cache where one was given.
@@ -393,20 +403,26 @@ class Qwen2_5_VLForConditionalGeneration(nnx.Module):
             image_segment_ids: frame of every patch.
             image_token_index: for an image token, its place among the vision tower's flattened output; -1
                 elsewhere.
+            segment_offsets: bounds of the samples of a packed row; with `segment_ids`, see `Segments`.
+            image_segment_offsets: bounds of the frames of a row of patches, empty slots within included.
             cache: keys and values of earlier tokens.
-            remat: wraps the body of the layers' scans.
+            remat: wraps the body of each tower's scan over its layers.
             key: for adapter dropout.
         """
         embeds = self.model.language_model.embed_tokens(input_ids)
         vision_key, text_key = (None, None) if key is None else jax.random.split(key)
         if pixel_values is not None:
+            frames = None
+            if image_segment_ids is not None:
+                frames = Segments(image_segment_ids, image_segment_offsets, self.tower.has_gaps)
             features = self.model.visual(
-                pixel_values, patch_positions, image_segment_ids, remat=remat, key=vision_key
+                pixel_values, patch_positions, frames, remat=remat.vision, key=vision_key
             )
             features = features.reshape(-1, features.shape[-1]).astype(embeds.dtype)
             embeds = put_image_tokens(embeds, features, image_token_index, getattr(self, "mesh", None))
+        samples = None if segment_ids is None else Segments(segment_ids, segment_offsets)
         return self.model.language_model(
-            embeds, position_ids, segment_ids, cache=cache, remat=remat, key=text_key
+            embeds, position_ids, samples, cache=cache, remat=remat.language, key=text_key
         )
 
     @property

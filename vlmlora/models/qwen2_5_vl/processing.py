@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from vlmlora.models.qwen2_5_vl.positions import IMAGE, VIDEO, VisionLayout, mrope_position_ids, vision_layout
+from vlmlora.nn.segments import segment_offsets
 
 DEFAULT_VIDEO_FPS = 24.0
 """Frames per second that transformers assumes of frames given without it (`VideoMetadata.sampled_fps`)."""
@@ -65,9 +66,11 @@ class Qwen2_5_VLProcessor:
         chat_template: the Jinja template that turns messages into text.
         placeholders: the tokens that stand for an image and a video.
         processor_class: name of transformers' class, for the files that it reads.
+        why_not_packed: None, since a row may hold several samples.
     """
 
     processor_class = "Qwen2_5_VLProcessor"
+    why_not_packed = None
 
     def __init__(
         self,
@@ -274,6 +277,10 @@ class Qwen2_5_VLProcessor:
         side = int(self.patch_multiple**0.5)
         return t * -(-h // side) * -(-w // side) * self.patch_multiple
 
+    def num_segments(self, item: VisionInput) -> int:
+        """Frames, the two that share a temporal patch as one; an image has one."""
+        return item.grid_thw[0]
+
     def collate(
         self,
         input_ids: Integer[np.ndarray, "batch tokens"],
@@ -283,7 +290,9 @@ class Qwen2_5_VLProcessor:
         *,
         image_rows: int,
         patches: int,
+        image_segments: int | None = None,
         first_image_row: int = 0,
+        lengths: Sequence[Sequence[int]] | None = None,
     ) -> dict[str, np.ndarray]:
         """What the model reads beside the tokens, in static shapes.
 
@@ -292,24 +301,31 @@ class Qwen2_5_VLProcessor:
             attention_mask: 0 for padding.
             images: for every row of tokens its images, in the order of their placeholders.
             videos: the same for videos.
-            image_rows: rows of `pixel_values`, one an image or video; 0 leaves out all that concerns them.
+            image_rows: rows of `pixel_values`, one an image or video, or with `lengths` one a row of tokens;
+                0 leaves out all that concerns them.
             patches: slots of each, a multiple of `patch_multiple`.
+            image_segments: images and frames that each has room for; None: the batch's most, rounded up to a
+                power of two.
             first_image_row: number of the first of the rows in the batch that `image_token_index` is for.
+            lengths: of the samples in every row, where it may hold several.
 
         Returns:
             `position_ids` ``[3, batch, tokens]``, and `pixel_values` ``[image_rows, patches, features]``,
             `patch_positions` ``[image_rows, patches, 2]``, `image_segment_ids` ``[image_rows, patches]``,
-            `image_token_index` ``[batch, tokens]`` as the model's call describes them.
+            `image_segment_offsets` ``[image_rows, image_segments + 1]``, `image_token_index` ``[batch,
+            tokens]`` as the model's call describes them.
 
         Raises:
             ValueError: an image or their number exceeds its budget.
         """
         types = np.where(attention_mask > 0, self.mm_token_type_ids(input_ids), 0)
-        all_images = [image for row in images for image in row]
-        all_videos = [video for row in videos for video in row]
-        positions = self.position_ids(types, attention_mask > 0, all_images, all_videos)
+        all_images, all_videos = ([item for row in rows for item in row] for rows in (images, videos))
+        if lengths is None:
+            positions = self.position_ids(types, attention_mask > 0, all_images, all_videos)
+        else:
+            positions = self._positions_of_samples(types, lengths, all_images, all_videos)
         count = len(all_images) + len(all_videos)
-        if count > image_rows:
+        if count > image_rows and (lengths is None or image_rows == 0):
             raise ValueError(f"the batch holds {count} images and videos, its budget {image_rows}")
         if image_rows == 0:
             return {"position_ids": positions}
@@ -321,31 +337,71 @@ class Qwen2_5_VLProcessor:
         patch_positions = np.zeros((image_rows, patches, 2), np.int32)
         image_segment_ids = np.zeros((image_rows, patches), np.int32)
         image_token_index = np.full(input_ids.shape, -1, np.int32)
-        tokens_per_row = patches // processor.merge_size**2
-        row = 0
-        for items, kind in ((all_images, IMAGE), (all_videos, VIDEO)):
+        merged = processor.merge_size**2
+        # Slots of the frames that each row of patches holds so far.
+        frames: list[list[int]] = [[] for _ in range(image_rows)]
+        next_row = 0
+        for kind, rows in ((IMAGE, images), (VIDEO, videos)):
             index = []
-            for item in items:
-                layout = self.layout(item)
-                if layout.num_slots > patches:
-                    raise ValueError(
-                        f"an image or video of {item.grid_thw} patches takes {layout.num_slots} slots, "
-                        f"its budget {patches}"
-                    )
-                pixel_values[row, layout.patch_slots] = item.pixel_values
-                patch_positions[row, : layout.num_slots] = layout.patch_positions
-                image_segment_ids[row, : layout.num_slots] = layout.image_segment_ids
-                index.append((first_image_row + row) * tokens_per_row + layout.token_slots)
-                row += 1
+            for token_row, items in enumerate(rows):
+                for item in items:
+                    row = next_row if lengths is None else token_row
+                    layout, start = self.layout(item), sum(frames[row])
+                    end = start + layout.num_slots
+                    if end > patches:
+                        raise ValueError(
+                            f"an image or video of {item.grid_thw} patches takes {layout.num_slots} slots, "
+                            f"its budget {patches}"
+                            + (f", of which others of row {row} take {start}" if start else "")
+                        )
+                    pixel_values[row, start + layout.patch_slots] = item.pixel_values
+                    patch_positions[row, start:end] = layout.patch_positions
+                    ids = layout.image_segment_ids
+                    image_segment_ids[row, start:end] = np.where(ids > 0, ids + len(frames[row]), 0)
+                    first_token = ((first_image_row + row) * patches + start) // merged
+                    index.append(first_token + layout.token_slots)
+                    count = self.num_segments(item)
+                    frames[row] += [layout.num_slots // count] * count
+                    next_row += 1
             if index:
                 image_token_index[types == kind] = np.concatenate(index)
+        if image_segments is None:
+            image_segments = 1 << (max(1, *map(len, frames)) - 1).bit_length()
         return {
             "position_ids": positions,
             "pixel_values": pixel_values,
             "patch_positions": patch_positions,
             "image_segment_ids": image_segment_ids,
+            "image_segment_offsets": segment_offsets(frames, image_segments, "images and frames of videos"),
             "image_token_index": image_token_index,
         }
+
+    def _positions_of_samples(
+        self,
+        types: Integer[np.ndarray, "batch tokens"],
+        lengths: Sequence[Sequence[int]],
+        images: Sequence[VisionInput],
+        videos: Sequence[VisionInput],
+    ) -> Int32[np.ndarray, "3 batch tokens"]:
+        """Positions that begin anew with every sample of a row; 0 for padding."""
+        positions = np.zeros((3, *types.shape), np.int32)
+        spans = [
+            (row, slice(end - length, end))
+            for row, mine in enumerate(lengths)
+            for length, end in zip(mine, np.cumsum(mine).tolist(), strict=True)
+        ]
+        if not spans:
+            return positions
+        longest = max(span.stop - span.start for _, span in spans)
+        alone = np.zeros((len(spans), longest), types.dtype)
+        is_token = np.zeros(alone.shape, bool)
+        for sample, (row, span) in enumerate(spans):
+            alone[sample, : span.stop - span.start] = types[row, span]
+            is_token[sample, : span.stop - span.start] = True
+        found = self.position_ids(alone, is_token, images, videos)
+        for sample, (row, span) in enumerate(spans):
+            positions[:, row, span] = found[:, sample, : span.stop - span.start]
+        return positions
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the files that transformers' processors of this and earlier major versions load."""

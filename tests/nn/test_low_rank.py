@@ -1,0 +1,115 @@
+"""Products with low-rank factors in one: the same numbers as the two products apart."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlmlora.nn.low_rank import Factors, low_rank_products, room_for
+from vlmlora.quantization.stacks import stack_weights
+from vlmlora.quantization.weights import DenseWeight, INT8Weight, NF4Weight
+
+KINDS = {
+    "dense": DenseWeight,
+    "nf4": NF4Weight.quantize,
+    "int8": INT8Weight.quantize,
+    "mixed": lambda w: stack_weights([DenseWeight(w), NF4Weight.quantize(w)]).layer(jnp.int32(1)),
+}
+
+
+def problem(features, outs, ranks, kind, tokens=(2, 5), seed=0):
+    keys = iter(jax.random.split(jax.random.key(seed), 3 * len(outs) + 1))
+    x = jax.random.normal(next(keys), (*tokens, features))
+    weights = [KINDS[kind](jax.random.normal(next(keys), (out, features))) for out in outs]
+    factors = [
+        Factors(jax.random.normal(next(keys), (r, features)), jax.random.normal(next(keys), (out, r)))
+        for out, r in zip(outs, ranks, strict=True)
+    ]
+    return x, weights, factors
+
+
+def apart(x, weights, factors):
+    return tuple(x @ w + (x @ f.a.T) @ f.b.T for w, f in zip(weights, factors, strict=True))
+
+
+def close(found, expected):
+    def compare(a, b):
+        # float32 sums of tens of numbers in another order.
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=3e-5 * max(1, float(jnp.max(jnp.abs(b)))))
+
+    jax.tree.map(compare, found, expected)
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    features=st.integers(2, 40),
+    outs=st.lists(st.integers(1, 30), min_size=1, max_size=3),
+    ranks=st.lists(st.integers(1, 9), min_size=3, max_size=3),
+    kind=st.sampled_from(["dense", "nf4", "int8"]),
+)
+def test_values_and_gradients_are_those_of_two_products(features, outs, ranks, kind):
+    x, weights, factors = problem(features, outs, ranks[: len(outs)], kind)
+
+    def loss(products, x, factors):
+        # Every output counts differently, and squares make the cotangents depend on the values.
+        outputs = products(x, weights, factors)
+        return sum((i + 1) * jnp.sum(jnp.sin(y)) for i, y in enumerate(outputs)), outputs
+
+    together, outputs = jax.grad(lambda *a: loss(low_rank_products, *a), argnums=(0, 1), has_aux=True)(
+        x, factors
+    )
+    expected, expected_outputs = jax.grad(lambda *a: loss(apart, *a), argnums=(0, 1), has_aux=True)(
+        x, factors
+    )
+    close(outputs, expected_outputs)
+    close(together, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_room_is_left_and_used_between_two_products(kind):
+    x, (up,), (first,) = problem(12, [20], [3], kind)
+    _, (down,), (second,) = problem(20, [7], [5], kind, seed=1)
+    room = room_for(20, [3, 5])
+    assert (20 + room) % 8 == 0
+
+    def together(x, first, second):
+        (wide,) = low_rank_products(x, [up], [first], room=room)
+        hidden = jax.nn.silu(wide)
+        return low_rank_products(hidden, [down], [second])[0], wide
+
+    def one_after_another(x, first, second):
+        (hidden,) = apart(x, [up], [first])
+        return apart(jax.nn.silu(hidden), [down], [second])[0]
+
+    y, wide = together(x, first, second)
+    assert wide.shape[-1] == 20 + room
+    np.testing.assert_array_equal(wide[..., 20:], 0)
+    close(y, one_after_another(x, first, second))
+    gradients = [
+        jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), argnums=(0, 1, 2))(x, first, second)
+        for f in (lambda *a: together(*a)[0], one_after_another)
+    ]
+    close(*gradients)
+
+
+def test_weights_get_no_gradient_and_factors_theirs_under_scan_and_checkpoint():
+    x, weights, factors = problem(16, [16, 16, 16], [4, 4, 4], "nf4")
+    stack = stack_weights(weights)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *factors)
+
+    def loss(stacked, x):
+        @jax.checkpoint
+        def layer(x, step):
+            weight, each = step
+            return jnp.sin(low_rank_products(x, [weight], [each])[0]), None
+
+        return jnp.sum(jax.lax.scan(layer, x, (stack, stacked))[0])
+
+    def plain(stacked, x):
+        for i in range(3):
+            x = jnp.sin(apart(x, [stack.layer(i)], [jax.tree.map(lambda leaf, i=i: leaf[i], stacked)])[0])
+        return jnp.sum(x)
+
+    close(jax.jit(jax.grad(loss, argnums=(0, 1)))(stacked, x), jax.grad(plain, argnums=(0, 1))(stacked, x))
