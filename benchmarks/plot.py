@@ -1,6 +1,7 @@
-"""Draw throughput and peak memory of the peers side by side, from what `benchmarks.peers` saved.
+"""Draw what was measured: the peers side by side (`benchmarks.peers`), or growth (`benchmarks.scaling`).
 
     python -m benchmarks.plot benchmarks/results/peers_qwen2_5_vl-7b.json docs/peers_qwen2_5_vl-7b.png
+    python -m benchmarks.plot benchmarks/results/scaling.json docs/scaling.png
 
 The limit is the time of the step's operations, computed once each (`benchmarks.flops`), at the rate of a
 large bfloat16 product, which `benchmarks.train_step --profile` measures; an H100 reached 675 TFLOP/s.
@@ -24,8 +25,12 @@ SERIES = {
 }
 """Peer and policy → what the legend says, and a colour; in the order in which bars stand."""
 
+STORED = {"nf4": "NF4", "int8": "INT8", "none": "bfloat16"}
+LABELS = {"tokens": ("tokens", "tokens a row"), "rank": ("r", "LoRA rank")}
+"""What `benchmarks.scaling` varied → its name in a row, and what the axis says."""
 
-def draw(result: dict[str, Any], quantization: str, ceiling: float, file: Path) -> None:
+
+def draw_peers(result: dict[str, Any], quantization: str, ceiling: float, file: Path) -> None:
     """Bars of tokens a second and of peak memory for each work, and the limit as a line above them.
 
     Args:
@@ -78,8 +83,69 @@ def draw(result: dict[str, Any], quantization: str, ceiling: float, file: Path) 
         axes.spines[["top", "right"]].set_visible(False)
     shown = dict(zip(*reversed(speed.get_legend_handles_labels()), strict=True))
     figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=len(shown), frameon=False)
-    stored = {"nf4": "NF4", "none": "bfloat16"}[quantization]
-    figure.suptitle(f"LoRA training step, {result['model']} in {stored}, {result['device']}")
+    figure.suptitle(f"LoRA training step, {result['model']} in {STORED[quantization]}, {result['device']}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def draw_scaling(result: dict[str, Any], ceiling: float, file: Path) -> None:
+    """Step time and memory against tokens a row and against the rank, and the limit of the time.
+
+    Args:
+        result: from `benchmarks.scaling`.
+        ceiling: operations a second that the device can do.
+        file: the picture.
+
+    Raises:
+        ValueError: nothing was measured.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    measured = [row for row in result["rows"] if "step_seconds" in row]
+    columns = [varied for varied in LABELS if any(row["varied"] == varied for row in measured)]
+    if not columns:
+        raise ValueError("no rows to draw; measure them first")
+    size = {"figsize": (5 * len(columns), 5.6), "squeeze": False, "sharex": "col", "layout": "constrained"}
+    figure, axes = plt.subplots(2, len(columns), **size)
+    for (times, memory), varied in zip(axes.T, columns, strict=True):
+        name, label = LABELS[varied]
+        rows = sorted((row for row in measured if row["varied"] == varied), key=lambda row: row[name])
+        x = [row[name] for row in rows]
+        seconds = [row["step_seconds"] for row in rows]
+        times.plot(x, seconds, "o-", color="#1f5fa8", label="measured")
+        times.plot(x, [1e12 * row["tflops"] / ceiling for row in rows], "k--", linewidth=1, label="limit")
+        memory.plot(x, [row["peak_gib"] for row in rows], "o-", color="#1f5fa8")
+        for axis, unit, values in ((times, "s", seconds), (memory, "GiB", [r["peak_gib"] for r in rows])):
+            for place, value in zip(x, values, strict=True):
+                if value is not None:
+                    axis.annotate(
+                        f"{value:.3g} {unit}",
+                        (place, value),
+                        (-2, 6),
+                        textcoords="offset points",
+                        ha="right",
+                        fontsize=8,
+                    )
+            axis.set_xscale("log", base=2)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.margins(x=0.12, y=0.18)
+        if varied == "tokens":
+            times.set_yscale("log")
+        else:
+            times.set_ylim(bottom=0)
+        memory.set_ylim(bottom=0)
+        memory.set_xticks(x, [f"{value // 1024}k" if value >= 1024 else str(value) for value in x])
+        memory.minorticks_off()
+        work = "one row" if varied == "tokens" else f"{rows[0]['rows']} × {rows[0]['tokens']} tokens"
+        memory.set_xlabel(f"{label}, {work}")
+        times.set_ylabel("step, s")
+        memory.set_ylabel("peak memory, GiB")
+        times.legend(frameon=False)
+    figure.suptitle(f"{result['model']} in {STORED[result['quantization']]}, {result['device']}")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
     plt.close(figure)
@@ -98,16 +164,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("result", type=Path, help="from benchmarks.peers")
+    parser.add_argument("result", type=Path, help="from benchmarks.peers or benchmarks.scaling")
     parser.add_argument("picture", type=Path)
-    parser.add_argument("--quant", choices=["nf4", "none"], default="nf4", help="of the rows to draw")
+    parser.add_argument("--quant", choices=["nf4", "none"], default="nf4", help="of the peers' rows to draw")
     parser.add_argument(
         "--ceiling", type=float, default=675, help="TFLOP/s that the device was measured to do"
     )
     arguments = parser.parse_args()
-    draw(
-        json.loads(arguments.result.read_text()), arguments.quant, 1e12 * arguments.ceiling, arguments.picture
-    )
+    result, ceiling = json.loads(arguments.result.read_text()), 1e12 * arguments.ceiling
+    if "varied" in result["rows"][0]:
+        draw_scaling(result, ceiling, arguments.picture)
+    else:
+        draw_peers(result, arguments.quant, ceiling, arguments.picture)
 
 
 if __name__ == "__main__":

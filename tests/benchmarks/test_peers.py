@@ -96,7 +96,7 @@ def test_plot_has_a_bar_for_each_figure_and_the_limit_above(tmp_path, monkeypatc
     monkeypatch.setattr(plt, "close", figures.append)
     result = {"model": "qwen2_5_vl-7b", "device": "some GPU"}
     result["rows"] = [row("vlmlora", 0.5, "unsloth"), row("Unsloth", 1.5)]
-    plot.draw(result, "nf4", 675e12, tmp_path / "plot.png")
+    plot.draw_peers(result, "nf4", 675e12, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     speed, memory = figures[0].axes
     assert [bar.get_height() for bar in speed.patches] == [8192, 2731]
@@ -105,4 +105,4 @@ def test_plot_has_a_bar_for_each_figure_and_the_limit_above(tmp_path, monkeypatc
     # 0.18 s of operations for the smallest work, at that rate.
     assert limit.get_segments()[0][0, 1] == pytest.approx(4096 / 0.184, rel=0.01)
     with pytest.raises(ValueError, match="no rows"):
-        plot.draw(result, "none", 675e12, tmp_path / "plot.png")
+        plot.draw_peers(result, "none", 675e12, tmp_path / "plot.png")
