@@ -1,6 +1,6 @@
 """Train models of known shape on all GPUs of a machine: throughput, scaling, memory, time in collectives.
 
-    XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 python -m benchmarks.multi_gpu --budget 280
+    XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB=200 python -m benchmarks.multi_gpu
 
 The 7B shape runs in NF4 and bfloat16 on one GPU, then data-, fully-sharded- and tensor-parallel on all; the
 72B shape in NF4 on all. Scaling is weak: every device brings its own rows, so that a batch has 16k tokens a
@@ -11,6 +11,9 @@ run, times the number of devices.
 The losses and gradient norms of the first steps are compared with those of one GPU for the same rows: it
 takes the shares of the devices one after another and steps with their mean gradient. The 72B shape has no run
 on one GPU, and nothing to compare with, unless ``--configs 72b-nf4-single`` asks for it.
+
+The layer inputs that ``"unsloth"`` checkpointing keeps in host memory are those of all devices; the 72B shape
+under ``tensor`` needs more than XLA's limit of 64 GB, hence the second variable.
 
 Peak memory is the most that JAX's allocator had in use while steps ran; what NCCL allocates for itself is not
 in it. Each row is printed and saved as soon as it is there, with the error of a configuration that fails.

@@ -25,6 +25,10 @@ from vlmlora.models.registry import family_of
 from vlmlora.quantization.weights import DenseWeight
 
 SHARD_BYTES = 4 << 30
+ARCHITECTURES = {
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "mllama": "MllamaForConditionalGeneration",
+}
 QWEN_TOKENS = {
     "vision_start_token_id": "<|vision_start|>",
     "vision_end_token_id": "<|vision_end|>",
@@ -48,6 +52,8 @@ def write(directory: Path, config: PreTrainedConfig) -> int:
     """
     directory.mkdir(parents=True, exist_ok=True)
     write_processor(directory, config)
+    # As torch-based libraries write them, and some want them.
+    config.architectures, config.dtype = [ARCHITECTURES[config.model_type]], "bfloat16"
     config.save_pretrained(directory)
     noise = (np.random.default_rng(0).standard_normal(1 << 24, np.float32) * 0.02).astype(ml_dtypes.bfloat16)
     shards, shard, size, total = [], {}, 0, 0

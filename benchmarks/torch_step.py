@@ -62,10 +62,9 @@ def peer_batch(config: Any, rows: int, tokens: int) -> dict[str, Any]:
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in found.items()}
 
 
-def load_hf(checkpoint: Path, quant: str, r: int, tokens: int) -> Any:
-    """The model with adapters, prepared as PEFT recommends."""
+def load_hf(checkpoint: Path, quant: str, tokens: int) -> Any:
+    """The model."""
     import torch
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
     quantization = None
@@ -77,13 +76,19 @@ def load_hf(checkpoint: Path, quant: str, r: int, tokens: int) -> Any:
             bnb_4bit_compute_dtype=torch.bfloat16,
             llm_int8_skip_modules=["lm_head", "merger", "multi_modal_projector"],
         )
-    model = AutoModelForImageTextToText.from_pretrained(
+    return AutoModelForImageTextToText.from_pretrained(
         checkpoint,
         dtype=torch.bfloat16,
         device_map={"": _device()},
         attn_implementation="sdpa",
         quantization_config=quantization,
     )
+
+
+def adapt_hf(model: Any, quant: str, r: int) -> Any:
+    """The model with adapters, prepared as PEFT recommends."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
     checkpointing = {"use_reentrant": False}
     if quant == "nf4":
         model = prepare_model_for_kbit_training(
@@ -95,15 +100,21 @@ def load_hf(checkpoint: Path, quant: str, r: int, tokens: int) -> Any:
     return get_peft_model(model, LoraConfig(r=r, lora_alpha=r, target_modules=TARGETS))
 
 
-def load_unsloth(checkpoint: Path, quant: str, r: int, tokens: int) -> Any:
-    """The model with adapters, as Unsloth's notebooks make it."""
+def load_unsloth(checkpoint: Path, quant: str, tokens: int) -> Any:
+    """The model."""
     from unsloth import FastVisionModel
 
-    checkpointing = {"use_gradient_checkpointing": "unsloth"}
     modes = {"load_in_4bit": True} if quant == "nf4" else {"load_in_4bit": False, "load_in_16bit": True}
     model, _ = FastVisionModel.from_pretrained(
-        str(checkpoint), max_seq_length=tokens, **modes, **checkpointing
+        str(checkpoint), max_seq_length=tokens, use_gradient_checkpointing="unsloth", **modes
     )
+    return model
+
+
+def adapt_unsloth(model: Any, quant: str, r: int) -> Any:
+    """The model with adapters, as Unsloth's notebooks have it."""
+    from unsloth import FastVisionModel
+
     model = FastVisionModel.get_peft_model(
         model,
         r=r,
@@ -112,17 +123,39 @@ def load_unsloth(checkpoint: Path, quant: str, r: int, tokens: int) -> Any:
         finetune_language_layers=True,
         finetune_attention_modules=True,
         finetune_mlp_modules=True,
-        **checkpointing,
+        use_gradient_checkpointing="unsloth",
     )
     FastVisionModel.for_training(model)
     return model
 
 
+LOAD = {"hf": load_hf, "unsloth": load_unsloth}
+ADAPT = {"hf": adapt_hf, "unsloth": adapt_unsloth}
+
+
 def measure_training(model: Any, batch: dict[str, Any], steps: int, loaded: int) -> dict[str, Any]:
-    """Median step time after the warm-up steps, and the peak memory of loading and of these steps."""
+    """Median step time after the warm-up steps, and the peak memory of loading and of these steps.
+
+    The adapters start as `model` has them, and are put back there.
+    """
     import torch
 
     trained = [p for p in model.parameters() if p.requires_grad]
+    start_values = [p.detach().to("cpu", copy=True) for p in trained]
+    try:
+        return _measure_training(model, trained, batch, steps, loaded)
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(trained, start_values, strict=True):
+                parameter.grad = None
+                parameter.copy_(value)
+
+
+def _measure_training(
+    model: Any, trained: list[Any], batch: dict[str, Any], steps: int, loaded: int
+) -> dict[str, Any]:
+    import torch
+
     optimizer = _optimizer(trained)
     model.train()
     if on_gpu := torch.cuda.is_available():
@@ -226,8 +259,7 @@ def main() -> None:
 
     start = time.perf_counter()
     # Unsloth must be imported before transformers, and so before anything of this project.
-    load = {"hf": load_hf, "unsloth": load_unsloth}[arguments.peer]
-    model = load(arguments.checkpoint, arguments.quant, arguments.r, longest)
+    model = LOAD[arguments.peer](arguments.checkpoint, arguments.quant, longest)
     import torch
 
     loaded = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
@@ -246,14 +278,20 @@ def main() -> None:
     def batch(work: str) -> dict[str, Any]:
         return {name: array.to(_device()) for name, array in peer_batch(config, *sizes[work]).items()}
 
-    for work in arguments.work:
-        rows, tokens = sizes[work]
-        measured = attempt(lambda work=work: measure_training(model, batch(work), arguments.steps, loaded))
-        print(json.dumps({"rows": rows, "tokens": tokens, **measured}), flush=True)
+    if arguments.generate and arguments.peer == "unsloth":
+        from unsloth import FastVisionModel
+
+        FastVisionModel.for_inference(model)
     for prompt in arguments.prompt if arguments.generate else ():
         rows, tokens = sizes[prompt]
         measured = attempt(lambda prompt=prompt: measure_generation(model, batch(prompt), arguments.generate))
         print(json.dumps({"rows": rows, "prompt_tokens": tokens, **measured}), flush=True)
+    if arguments.work:
+        model = ADAPT[arguments.peer](model, arguments.quant, arguments.r)
+    for work in arguments.work:
+        rows, tokens = sizes[work]
+        measured = attempt(lambda work=work: measure_training(model, batch(work), arguments.steps, loaded))
+        print(json.dumps({"rows": rows, "tokens": tokens, **measured}), flush=True)
 
 
 if __name__ == "__main__":
