@@ -1,6 +1,6 @@
 """Train models of known shape on all GPUs of a machine: throughput, scaling, memory, time in collectives.
 
-    XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 python -m benchmarks.multi_gpu --budget 280
+    XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB=200 python -m benchmarks.multi_gpu
 
 The 7B shape runs in NF4 and bfloat16 on one GPU, then data-, fully-sharded- and tensor-parallel on all; the
 72B shape in NF4 on all. Scaling is weak: every device brings its own rows, so that a batch has 16k tokens a
@@ -11,6 +11,9 @@ run, times the number of devices.
 The losses and gradient norms of the first steps are compared with those of one GPU for the same rows: it
 takes the shares of the devices one after another and steps with their mean gradient. The 72B shape has no run
 on one GPU, and nothing to compare with, unless ``--configs 72b-nf4-single`` asks for it.
+
+The layer inputs that ``"unsloth"`` checkpointing keeps in host memory are those of all devices; the 72B shape
+under ``tensor`` needs more than XLA's limit of 64 GB, hence the second variable.
 
 Peak memory is the most that JAX's allocator had in use while steps ran; what NCCL allocates for itself is not
 in it. Each row is printed and saved as soon as it is there, with the error of a configuration that fails.
@@ -23,10 +26,8 @@ import gc
 import json
 import os
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ import optax
 from transformers import PreTrainedConfig
 
 from benchmarks.flops import training_flops
+from benchmarks.memory import sampled_memory
 from benchmarks.random_model import random_model
 from benchmarks.record import save
 from benchmarks.shapes import image_text_batch, join_batches, make_config
@@ -46,7 +48,6 @@ from vlmlora.models.registry import family_of
 from vlmlora.training.loss import make_loss_fn
 from vlmlora.training.step import TrainState, TrainStep, init_train_state, make_train_step
 
-GIB = 1 << 30
 COMPARED_STEPS = 2
 """Steps whose loss and gradient are compared. The second depends on the gradients of every row."""
 LOSS_BOUND = 2**-8
@@ -253,35 +254,6 @@ def compare(losses: Sequence[float], norms: Sequence[float], reference: Referenc
         "grad_norm_bound": NORM_BOUND,
         "equals_single": of_losses <= LOSS_BOUND and of_norms <= NORM_BOUND,
     }
-
-
-@contextmanager
-def sampled_memory(devices: Sequence[jax.Device], seconds: float = 0.005) -> Iterator[list[float]]:
-    """The most GiB that each device has in use while the block runs, in a list that is filled at its end.
-
-    The allocator's own peak is that of the whole process. A program's temporary memory is one allocation,
-    which it holds as long as it runs, so that looking every few milliseconds finds it. Empty on a CPU.
-    """
-    peaks, done, result = [0] * len(devices), threading.Event(), []
-
-    def look() -> None:
-        while True:
-            for number, device in enumerate(devices):
-                peaks[number] = max(peaks[number], device.memory_stats()["bytes_in_use"])
-            if done.wait(seconds):
-                return
-
-    if devices[0].memory_stats() is None:
-        yield result
-        return
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
-        yield result
-    finally:
-        done.set()
-        thread.join()
-        result.extend(round(peak / GIB, 2) for peak in peaks)
 
 
 def run(arguments: argparse.Namespace, record: Callable[[list[dict[str, Any]]], None]) -> None:

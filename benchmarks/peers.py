@@ -1,233 +1,187 @@
-"""Time transformers + PEFT + bitsandbytes on a checkpoint: a QLoRA training step, and greedy generation.
+"""Unsloth, transformers + PEFT + bitsandbytes and vlmlora side by side: the same steps on one GPU.
 
-python -m benchmarks.random_checkpoint DIRECTORY
-python -m benchmarks.peers --checkpoint DIRECTORY --work 4x1024 --generate 64
+    python -m benchmarks.random_checkpoint DIRECTORY
+    python -m benchmarks.peers --checkpoint DIRECTORY --work 4x1024 2x8192 8x2048 --policy unsloth auto
 
-The recipe is the one of `benchmarks.train_step`: NF4 with doubly quantised scales, rank 16 on every attention
-and MLP projection of the vision and language parts, AdamW, gradient checkpointing, labels on the last quarter
-of the tokens. A training step's peak memory leaves loading out. It needs an NVIDIA GPU, torch, peft and
-bitsandbytes; what is missing is named, and nothing is run.
+Each has a process of its own, one after the other, which loads the checkpoint and takes steps on the very
+same batches; vlmlora's is `benchmarks.train_step`, once for each policy, the others' `benchmarks.torch_step`.
+The first six losses are recorded. They start alike and fall differently: adapters are drawn at random, and
+PyTorch adds their product to a result that is rounded to bfloat16 already, in which a small update drowns.
+Peak memory is that of the allocator, with loading. A peer whose packages are missing is skipped with a word.
+With ``--add`` the rows of earlier runs stay, those that this one measures again excepted. Figures mean
+something on an NVIDIA GPU; without one a small checkpoint (``--shrink``) and ``--peer ours hf --quant none``
+show that it runs.
 """
 
 import argparse
 import importlib.util
-import platform
-import statistics
+import json
+import os
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
-from datetime import date
-from importlib.metadata import version
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import command, write
+from benchmarks.record import environment, write
+from benchmarks.torch_step import NAMES, NEEDED
 
-GIB = 1 << 30
-NEEDED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
-TARGETS = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|qkv|attn\.proj|fc1|fc2)"
-
-
-def qwen_batch(config: Any, rows: int, tokens: int) -> dict[str, Any]:
-    """Rows with one 448×448 image each: 1024 patches, 256 tokens."""
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    start, count = 9, 256
-    input_ids = torch.randint(0, 256, (rows, tokens), generator=generator)
-    input_ids[:, start - 1] = config.vision_start_token_id
-    input_ids[:, start : start + count] = config.image_token_id
-    input_ids[:, start + count] = config.vision_end_token_id
-    return {
-        "input_ids": input_ids,
-        "pixel_values": torch.randn(rows * 4 * count, 1176, generator=generator),
-        "image_grid_thw": torch.tensor([[1, 32, 32]] * rows),
-        "mm_token_type_ids": (input_ids == config.image_token_id).int(),
-    }
+OURS = "vlmlora"
+PEERS = ("ours", "unsloth", "hf")
+TORCH_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "UNSLOTH_DISABLE_STATISTICS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    # vlmlora's batches are made with NumPy; JAX must leave the GPU's memory alone.
+    "JAX_PLATFORMS": "cpu",
+}
+Row = dict[str, Any]
 
 
-def mllama_batch(config: Any, rows: int, tokens: int) -> dict[str, Any]:
-    """Rows with one image of four tiles each, which every token but the first may see."""
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    size = config.vision_config.image_size
-    input_ids = torch.randint(0, 256, (rows, tokens), generator=generator)
-    input_ids[:, 1] = config.image_token_index
-    seen = torch.ones(rows, tokens, 1, 4, dtype=torch.long)
-    seen[:, 0] = 0
-    return {
-        "input_ids": input_ids,
-        "pixel_values": torch.randn(rows, 1, 4, 3, size, size, generator=generator),
-        "aspect_ratio_ids": torch.full((rows, 1), 6),
-        "aspect_ratio_mask": torch.ones(rows, 1, 4, dtype=torch.long),
-        "cross_attention_mask": seen,
-    }
+def run_ours(arguments: argparse.Namespace, policy: str) -> Iterator[Row]:
+    """The rows of `benchmarks.train_step` with one policy."""
+    with tempfile.TemporaryDirectory() as directory:
+        options = ["--policy", policy, "--out", str(Path(directory) / "result.json")]
+        yield from _run("benchmarks.train_step", arguments, options, {})
 
 
-BATCHES = {"qwen2_5_vl": qwen_batch, "qwen2_vl": qwen_batch, "mllama": mllama_batch}
+def run_torch(arguments: argparse.Namespace, peer: str) -> Iterator[Row]:
+    """The rows of a peer."""
+    with tempfile.TemporaryDirectory() as directory:
+        # Unsloth writes the modules that it compiles.
+        environment = {**TORCH_ENVIRONMENT, "UNSLOTH_COMPILE_LOCATION": directory}
+        yield from _run("benchmarks.torch_step", arguments, [], environment, peer)
 
 
-def load(checkpoint: Path) -> Any:
-    """The model in NF4, with bfloat16 computation."""
-    import torch
-    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
-
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=["lm_head", "merger", "multi_modal_projector"],
-    )
-    return AutoModelForImageTextToText.from_pretrained(
-        checkpoint,
-        dtype=torch.bfloat16,
-        device_map={"": 0},
-        attn_implementation="sdpa",
-        quantization_config=quantization,
-    )
-
-
-def add_lora(model: Any, r: int) -> Any:
-    """The model with PEFT's adapters, prepared for training in 4 bit as PEFT recommends."""
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-
-    model = prepare_model_for_kbit_training(
-        model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}
-    )
-    return get_peft_model(model, LoraConfig(r=r, lora_alpha=r, target_modules=TARGETS))
+def _run(
+    module: str,
+    arguments: argparse.Namespace,
+    options: Sequence[str],
+    environment: dict[str, str],
+    *positional: str,
+) -> Iterator[Row]:
+    """What a process prints in JSON, line by line; an error last if it fails."""
+    command = [sys.executable, "-m", module, *positional, "--checkpoint", str(arguments.checkpoint)]
+    command += ["--quant", arguments.quant, "--r", str(arguments.r), "--steps", str(arguments.steps)]
+    command += ["--work", *arguments.work, *options]
+    if arguments.generate:
+        command += ["--generate", str(arguments.generate), "--prompt", *arguments.prompt]
+    tail = ""
+    with subprocess.Popen(
+        command, env=os.environ | environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                tail = line.strip() or tail
+    if process.returncode:
+        yield {"error": f"exit status {process.returncode}", "last_line": tail}
 
 
-def measure_training(model: Any, batch: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Median step time after three warm-up steps, and the peak memory of the steps."""
-    import bitsandbytes as bnb
-    import torch
-
-    labels = batch["input_ids"].clone()
-    labels[:, : 3 * labels.shape[1] // 4] = -100
-    batch = {**batch, "labels": labels, "attention_mask": torch.ones_like(labels)}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = bnb.optim.AdamW8bit(trained, lr=2e-4)
-    model.train()
-    torch.cuda.reset_peak_memory_stats()
-    times, losses = [], []
-    for _ in range(3 + steps):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-        losses.append(float(loss.detach()))
-    median = statistics.median(times[3:])
-    return {
-        "trainable_parameters": sum(p.numel() for p in trained),
-        "step_seconds": round(median, 4),
-        "tokens_per_second": round(labels.numel() / median),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),
-        "losses": [round(losses[0], 4), round(losses[-1], 4)],
-    }
-
-
-def measure_generation(model: Any, batch: dict[str, Any], new_tokens: int) -> dict[str, Any]:
-    """Seconds of a prefill and of each further token, greedily, without an end token."""
-    import torch
-
-    batch = {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
-    model.eval()
-    model.config.use_cache = True
-
-    def seconds(count: int) -> float:
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        with torch.no_grad():
-            model.generate(**batch, max_new_tokens=count, min_new_tokens=count, do_sample=False)
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    seconds(2)
-    torch.cuda.reset_peak_memory_stats()
-    first = statistics.median(seconds(1) for _ in range(3))
-    whole = statistics.median(seconds(new_tokens) for _ in range(3))
-    return {
-        "new_tokens": new_tokens,
-        "prefill_seconds": round(first, 4),
-        "seconds_per_token": round((whole - first) / (new_tokens - 1), 5),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),
-    }
-
-
-def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The measurement, or that it ran out of memory."""
-    import torch
-
+def device_name() -> str:
+    """Of the first NVIDIA GPU, or that there is none."""
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
-        return measure()
-    except torch.OutOfMemoryError as error:
-        return {"out_of_memory": str(error).split(".")[0]}
-    finally:
-        torch.cuda.empty_cache()
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0]
+    except (OSError, subprocess.CalledProcessError):
+        return "cpu"
 
 
-def environment() -> dict[str, Any]:
-    """Device, versions, command and date."""
-    import torch
+def missing(peer: str) -> list[str]:
+    """Packages that a peer needs and this machine lacks."""
+    return [name for name in NEEDED.get(peer, ()) if importlib.util.find_spec(name) is None]
 
-    return {
-        "device": torch.cuda.get_device_name(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in NEEDED},
-        "command": command(),
-        "date": date.today().isoformat(),
-    }
+
+def measure(arguments: argparse.Namespace) -> Iterator[Row]:
+    """The rows of everything that was asked for, each with who measured it."""
+    for peer in arguments.peer:
+        if names := missing(peer):
+            print(f"skipped {NAMES[peer]}: {', '.join(names)} not installed", flush=True)
+            continue
+        for policy in arguments.policy if peer == "ours" else [None]:
+            start = time.perf_counter()
+            about = {"peer": OURS if peer == "ours" else NAMES[peer], "quantization": arguments.quant}
+            if policy is not None:
+                about["policy"] = policy
+            about["r"] = arguments.r
+            rows = run_ours(arguments, policy) if peer == "ours" else run_torch(arguments, peer)
+            for row in rows:
+                if "load_seconds" in row:  # The head of a process's output, true of its rows.
+                    about |= {name: row[name] for name in ("load_seconds", "loaded_gib") if name in row}
+                    if "versions" in row:
+                        about["versions"] = row["versions"]
+                else:
+                    yield {**about, **row}
+            print(f"{about['peer']}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text, by work, with their speed against Unsloth's, or the first's if it is not there."""
+    lines = [f"{'work':>8} {'quant':>5} {'':38}{'step s':>8}{'tokens/s':>10}{'speed':>7}{'GiB':>7}  losses"]
+    training = [row for row in rows if "tokens" in row]
+    works = dict.fromkeys((row["rows"], row["tokens"], row["quantization"]) for row in training)
+    for work in works:
+        of_work = [row for row in training if (row["rows"], row["tokens"], row["quantization"]) == work]
+        timed = [row for row in of_work if "step_seconds" in row]
+        base = next((row for row in timed if row["peer"] == NAMES["unsloth"]), timed[0] if timed else None)
+        for row in of_work:
+            who = " ".join(str(part) for part in (row["peer"], row.get("policy")) if part is not None)
+            line = f"{work[0]}x{work[1]}".rjust(8) + f" {work[2]:>5} {who:38}"
+            if "step_seconds" not in row:
+                lines.append(line + row.get("out_of_memory", "failed")[:60])
+                continue
+            speed = base["step_seconds"] / row["step_seconds"]
+            peak = "-" if row["peak_gib"] is None else f"{row['peak_gib']:.2f}"
+            bound = "≤" if row.get("peak_is_bound") else ""
+            lines.append(
+                line
+                + f"{row['step_seconds']:8.3f}{row['tokens_per_second']:10,}{speed:6.2f}×{bound + peak:>7}  "
+                + " ".join(f"{loss:.3f}" for loss in row["losses"])
+            )
+    lines += [f"failed: {row}" for row in rows if "error" in row]
+    return "\n".join(lines)
+
+
+def key(row: Row) -> tuple[Any, ...]:
+    """What a row measures."""
+    names = ("peer", "policy", "quantization", "rows", "tokens", "prompt_tokens", "new_tokens")
+    return tuple(row.get(name) for name in names)
 
 
 def main() -> None:
-    """Read the arguments, load, measure, save."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    """Read the arguments, measure, save."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--peer", nargs="+", choices=PEERS, default=PEERS)
+    parser.add_argument("--policy", nargs="+", default=["unsloth"], help="of vlmlora's checkpointing")
     parser.add_argument("--work", nargs="*", default=["4x1024"], help="rows x tokens")
-    parser.add_argument("--generate", type=int, default=0, help="tokens to generate; 0 for none")
-    parser.add_argument("--prompt", default="1x512", help="rows x tokens of the generation's prompt")
+    parser.add_argument("--quant", choices=["nf4", "none"], default="nf4")
     parser.add_argument("--r", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/peers.json"))
+    parser.add_argument("--steps", type=int, default=4, help="that are timed, after two")
+    parser.add_argument("--generate", type=int, default=0, help="tokens to generate, 2 or more; 0 for none")
+    parser.add_argument("--prompt", nargs="+", default=["1x512"], help="rows x tokens of the prompts")
+    parser.add_argument("--add", action="store_true", help="to the rows that the file has")
+    parser.add_argument("--out", type=Path, help="benchmarks/results/peers_<model>.json if left out")
     arguments = parser.parse_args()
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        print(f"skipped: {', '.join(missing)} not installed")
-        return
-    import torch
-
-    if not torch.cuda.is_available():
-        print("skipped: bitsandbytes is measured on an NVIDIA GPU, and there is none")
-        return
-
-    start = time.perf_counter()
-    model = load(arguments.checkpoint)
-    result: dict[str, Any] = {**environment(), "peer": "transformers + PEFT + bitsandbytes"}
-    result["load_seconds"] = round(time.perf_counter() - start, 1)
-    result["loaded_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 2)
-
-    def batch(work: str) -> dict[str, Any]:
-        rows, tokens = map(int, work.split("x"))
-        inputs = BATCHES[model.config.model_type](model.config, rows, tokens)
-        return {name: array.to("cuda") for name, array in inputs.items()}
-
-    if arguments.generate:
-        measured = attempt(lambda: measure_generation(model, batch(arguments.prompt), arguments.generate))
-        result["generation"] = {"prompt": arguments.prompt, **measured}
-        print(result["generation"], flush=True)
-    if arguments.work:
-        model = add_lora(model, arguments.r)
-    result["work"] = []
-    for work in arguments.work:
-        measured = attempt(lambda work=work: measure_training(model, batch(work), arguments.steps))
-        result["work"].append({"work": work, **measured})
-        print(result["work"][-1], flush=True)
-    write(arguments.out, result)
+    config = json.loads((arguments.checkpoint / "config.json").read_text())
+    model = {"mllama": "llama-3.2-11b-vision", "qwen2_5_vl": "qwen2_5_vl-7b"}[config["model_type"]]
+    out = arguments.out or Path(f"benchmarks/results/peers_{model}.json")
+    about = {"model": model, **environment(device_name())}
+    rows: dict[tuple[Any, ...], Row] = {}
+    if arguments.add and out.exists():
+        kept = json.loads(out.read_text())["rows"]
+        rows = {key(row): row for row in kept if "error" not in row}
+    for row in measure(arguments):
+        rows[key(row)] = row
+        write(out, {**about, "rows": list(rows.values())})
+    print(table(list(rows.values())))
 
 
 if __name__ == "__main__":

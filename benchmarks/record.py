@@ -12,13 +12,21 @@ from typing import Any
 import vlmlora
 
 
-def environment() -> dict[str, Any]:
-    """Device, versions, command and date."""
-    import jax
+def environment(device: str | None = None) -> dict[str, Any]:
+    """Device, versions, command and date.
 
+    Args:
+        device: its name, for a process that leaves the device's memory to others; None asks JAX, which takes
+            most of it.
+    """
+    if device is None:
+        import jax
+
+        devices = {"device": jax.devices()[0].device_kind, "devices": jax.device_count()}
+    else:
+        devices = {"device": device}
     return {
-        "device": jax.devices()[0].device_kind,
-        "devices": jax.device_count(),
+        **devices,
         "python": platform.python_version(),
         "versions": {
             "vlmlora": vlmlora.__version__,

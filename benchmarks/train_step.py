@@ -43,7 +43,9 @@ from vlmlora.compilation_cache import enable_compilation_cache
 from vlmlora.fast_vision_model import FastVisionModel
 from vlmlora.generation.greedy import greedy_decode
 from vlmlora.models.loading import load_model, read_config
+from vlmlora.training.auto import StepTooLargeError
 from vlmlora.training.loss import make_loss_fn
+from vlmlora.training.remat import has_auto, name_of_policy
 from vlmlora.training.step import init_train_state, make_train_step
 
 GIB = 1 << 30
@@ -90,6 +92,8 @@ def measure(
         "peak_is_bound": peak is not None and peak == before,
         "losses": losses[:6],
     }
+    if has_auto(policy):
+        result["chosen"] = name_of_policy(step.policy(state, frozen, batch))
     if profile:
         print(json.dumps(result), flush=True)
         result["profile"] = profile_step(step, state, frozen, batch, flops.total)
@@ -255,8 +259,8 @@ def _attempt(measure: Any, work: str, policy: Any) -> dict[str, Any]:
     """The measurement, or that the device has too little memory for it."""
     try:
         return measure()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except (StepTooLargeError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, StepTooLargeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         rows, tokens = _size(work)
         return {"rows": rows, "tokens": tokens, "policy": policy, "out_of_memory": str(error).split("\n")[0]}
@@ -267,9 +271,10 @@ def _size(work: str) -> tuple[int, int]:
     return rows, tokens
 
 
-def _area(work: str) -> int:
+def _area(work: str) -> tuple[int, int]:
+    """What orders works by memory: tokens, and of as many the rows, each with an image."""
     rows, tokens = _size(work)
-    return rows * tokens
+    return rows * tokens, rows
 
 
 def _policy(text: str) -> Any:

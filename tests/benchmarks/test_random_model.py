@@ -72,11 +72,13 @@ def test_shrunken_models_keep_their_build(name):
 def test_train_step_measures_and_saves(tmp_path, monkeypatch, capsys):
     out = tmp_path / "result.json"
     small = ["--layers", "1", "--vision-layers", "1", "--shrink", "4", "--r", "4"]
-    arguments = [*small, "--work", "1x300", "--policy", "True", "--steps", "1", "--profile"]
+    arguments = [*small, "--work", "1x300", "--policy", "True", "auto", "--steps", "1", "--profile"]
     monkeypatch.setattr(sys, "argv", ["train_step", *arguments, "--out", str(out)])
     train_step.main()
     result = json.loads(out.read_text())
-    (work,) = result["work"]
+    work, chosen = result["work"]
+    # A CPU has no limit.
+    assert chosen["chosen"] == "'attention+mlp'"
     assert work["losses"][-1] < work["losses"][0]
     assert work["policy"] is True
     assert work["profile"]["parts_ms"].keys() >= {"vision", "language", "loss", "optimizer"}
