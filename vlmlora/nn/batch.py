@@ -1,14 +1,14 @@
 """What a batch holds beside the model's inputs, and how its images reach their rows."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
-from vlmlora.quantization.sharded import BATCH, batch_shards
+from vlmlora.quantization.sharded import BATCH, TENSOR, batch_shards
 
 
 def model_inputs(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -52,3 +52,37 @@ def put_image_tokens(
     else:
         found = take(features, index)
     return jnp.where((index >= 0)[..., None], found, embeds)
+
+
+def attend_on_mesh(
+    attend: Callable[..., jax.Array],
+    mesh: Mesh | None,
+    query: Float[Array, "rows tokens heads head_dim"],
+    keys: Float[Array, "rows tokens heads head_dim"],
+    values: Float[Array, "rows tokens heads head_dim"],
+    *others: PyTree,
+) -> Float[Array, "rows tokens heads head_dim"]:
+    """``attend(query, keys, values, *others)``, by each device of a mesh for its rows and heads.
+
+    The compiler cuts attention alike by itself, but for what a conditional hands to its backward pass, which
+    it gathers, to compute it for all rows on every device.
+
+    Args:
+        attend: attention that keeps rows and heads apart.
+        mesh: the devices of a model on many; None on a single one.
+        query, keys, values: projections.
+        others: trees of arrays [rows, ...], of scalars, or None.
+    """
+    shards = batch_shards(mesh)
+    if mesh is None or query.shape[0] % shards:
+        return attend(query, keys, values, *others)
+    heads = P(BATCH, None, TENSOR if query.shape[2] % mesh.shape[TENSOR] == 0 else None)
+    leaves, structure = jax.tree.flatten(others)
+
+    def attend_locally(query: jax.Array, keys: jax.Array, values: jax.Array, *leaves: jax.Array) -> jax.Array:
+        return attend(query, keys, values, *jax.tree.unflatten(structure, leaves))
+
+    specs = (heads, heads, heads, *(P(BATCH) if leaf.ndim else P() for leaf in leaves))
+    return jax.shard_map(attend_locally, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)(
+        query, keys, values, *leaves
+    )

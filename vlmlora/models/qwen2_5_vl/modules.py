@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from transformers import PreTrainedConfig
 
 from vlmlora.nn.attention import attention
-from vlmlora.nn.batch import put_image_tokens
+from vlmlora.nn.batch import attend_on_mesh, put_image_tokens
 from vlmlora.nn.cache import KVCache
 from vlmlora.nn.linear import Embedding, Linear, apply_to_same
 from vlmlora.nn.mlp import GatedMLP, gelu
@@ -24,6 +24,7 @@ from vlmlora.nn.rotary import Rotary, apply_rotary, axial_rotary, inverse_freque
 from vlmlora.nn.segments import Segments
 from vlmlora.nn.stack import SAVE_ALL, Remat, TowerRemats, add_attended, scan_layers
 from vlmlora.nn.variables import parameter
+from vlmlora.quantization.sharded import layout_of
 from vlmlora.quantization.weights import DenseWeight, Weight
 
 
@@ -233,10 +234,10 @@ class WindowedVisionTower(VisionTower):
     ) -> jax.Array:
         """Attention to the whole segment where `flag` says so, else to the window that a patch stands in."""
 
-        def full(query, keys, values):
+        def full(query, keys, values, segments):
             return attention(query, keys, values, segments=segments)
 
-        def windowed(query, keys, values):
+        def windowed(query, keys, values, segments):
             blocks = [a.reshape(-1, self.window, *a.shape[2:]) for a in (query, keys, values)]
             lengths = None
             if segments is not None:
@@ -245,9 +246,14 @@ class WindowedVisionTower(VisionTower):
                 lengths = jnp.maximum(filled, 1).astype(jnp.int32)
             return attention(*blocks, kv_lengths=lengths).reshape(query.shape)
 
-        if flag is None:
-            return (full if self.is_full[0] else windowed)(query, keys, values)
-        return jax.lax.cond(flag, full, windowed, query, keys, values)
+        def choose(query, keys, values, segments, flag):
+            if flag is None:
+                return (full if self.is_full[0] else windowed)(query, keys, values, segments)
+            return jax.lax.cond(flag, full, windowed, query, keys, values, segments)
+
+        layout = layout_of(self.blocks.attn.qkv.weight.get_value())
+        mesh = None if layout is None else layout.mesh
+        return attend_on_mesh(choose, mesh, query, keys, values, segments, flag)
 
 
 class Attention(nnx.Module):
