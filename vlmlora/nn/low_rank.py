@@ -88,6 +88,8 @@ def _products_bwd(room, room_of_x, residuals, cotangents):
     wide, weights, factors = residuals
     features = factors[0].a.shape[1]
     starts = _starts(factors)
+    # What computes a cotangent does so with wide loads, unless the room for its product is part of it.
+    cotangents = jax.lax.optimization_barrier(cotangents)
     dys = [_augment(dy, each.b) for dy, each in zip(cotangents, factors, strict=True)]
     projected, dbs = [], []
     for each, start, dy in zip(factors, starts, dys, strict=True):
@@ -118,8 +120,10 @@ def _augment(
     features, r = right.shape
     room = room_for(features, [r])
     wide = x if x.shape[1] >= features + room else _widen(x, features + room - x.shape[1])
+    # Two barriers that only XLA needs. Behind the first, x is computed once and not again for the update;
+    # behind the second, it does not know the start, with which it would make a concatenation and copy x.
+    wide = jax.lax.optimization_barrier(wide)
     product = wide @ jnp.pad(right, ((0, wide.shape[1] - features), (0, 0)))
-    # With a start that XLA knew it would make a concatenation of this, which copies x.
     start = jax.lax.optimization_barrier(jnp.int32(features))
     return jax.lax.dynamic_update_slice(wide, product, (jnp.int32(0), start))
 

@@ -29,6 +29,7 @@ from vlmlora.training.remat import (
     CheckpointedLoss,
     GradientCheckpointing,
     has_auto,
+    has_offload,
     name_of_policy,
     policy_by_part,
 )
@@ -158,11 +159,21 @@ def choose_policy(
 
 
 _COMPILER_OPTIONS = {
-    # The copies of one layer's input to and from host memory overlap the computation of its neighbours: they
-    # begin a layer early, and on streams of their own, of which XLA has none by default.
+    # Triton's products want other widths than those of low-rank products, and pad, which copies whole arrays.
+    "xla_gpu_enable_triton_gemm": False,
+}
+_OFFLOADING_OPTIONS = {
+    # Copies to and from host memory begin a layer early, and on streams of their own: XLA has none by
+    # default, and within a CUDA graph it does not use them.
     "xla_gpu_enable_pipelined_host_offloading": True,
     "xla_gpu_executable_num_compute_streams": 4,
+    "xla_gpu_enable_command_buffer": "",
 }
+
+
+def _compiler_options(loss_fn: LossFn) -> dict[str, Any]:
+    offloads = isinstance(loss_fn, CheckpointedLoss) and has_offload(loss_fn.gradient_checkpointing)
+    return _COMPILER_OPTIONS | (_OFFLOADING_OPTIONS if offloads else {})
 
 
 class _Step:
@@ -272,7 +283,7 @@ class _Step:
             self._jitted[key] = jax.jit(
                 self._step if is_given else self._step_of(loss_fn),
                 donate_argnums=0,
-                compiler_options=_COMPILER_OPTIONS,
+                compiler_options=_compiler_options(loss_fn),
                 **where,
             )
         return self._jitted[key]
