@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from vlmlora.nn.low_rank import Factors, low_rank_products, room_for
 from vlmlora.nn.trained import TRAINED
 from vlmlora.nn.variables import Frozen, abstract_array, parameter
-from vlmlora.quantization.sharded import ShardedTable
+from vlmlora.quantization.sharded import ShardedTable, layout_of
 from vlmlora.quantization.weights import DenseWeight, Framable, Weight
 
 
@@ -96,7 +96,9 @@ def _factors_in_one_product(layer: Linear, x: jax.Array, key: PRNGKeyArray | Non
     tokens = x.size // x.shape[-1]
     # Of few tokens the weight is the larger part, and it is better left as it is stored.
     is_worth_it = 2 * tokens >= min(layer.in_features, layer.out_features)
-    if layer.adapter is None or not is_worth_it or not isinstance(weight, Framable):
+    # On a mesh products are cut, and a mixed weight holds cut ones.
+    is_framable = isinstance(weight, Framable) and layout_of(weight) is None
+    if layer.adapter is None or not is_worth_it or not is_framable:
         return None
     return layer.adapter.factors(x.dtype, key)
 
