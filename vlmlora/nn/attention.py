@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from vlmlora.nn.cudnn_attention import cut_as, packed_attention, reason_against
+from vlmlora.nn.saved import name_for_policies
 from vlmlora.nn.segments import Segments
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ def attention(
     Returns:
         The weighted values, in the type of `query`. Rows of padding hold finite numbers without meaning.
     """
-    query, key, value = (checkpoint_name(array, QKV) for array in (query, key, value))
+    query, key, value = (name_for_policies(array, QKV) for array in (query, key, value))
     is_fused = mask is None and _fuses(query, key)
     if segments is not None and is_fused and kv_lengths is None and _fuses_segments(query, key, segments):
         attend = functools.partial(_attend_fused, segments=segments, is_causal=is_causal, scale=scale)

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import jax
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlmlora.nn.linear import Linear, apply_to_same
+from vlmlora.nn.saved import name_for_policies
 
 MLP_UP = "mlp_up"
 """Name of what the first, wide projection of a feed-forward block computes, for checkpoint policies."""
@@ -71,7 +71,7 @@ class MLP(nnx.Module):
     ) -> Float[Array, "*batch hidden"]:
         """Apply the block; `key` drives adapter dropout."""
         (hidden,) = apply_to_same(x, self.fc1, key=key, before=self.fc2)
-        return self.fc2(self.act(checkpoint_name(hidden, MLP_UP)), key=key)
+        return self.fc2(self.act(name_for_policies(hidden, MLP_UP)), key=key)
 
 
 class GatedMLP(nnx.Module):
@@ -98,5 +98,5 @@ class GatedMLP(nnx.Module):
     ) -> Float[Array, "*batch hidden"]:
         """Apply the block; `key` drives adapter dropout."""
         gate, up = apply_to_same(x, self.gate_proj, self.up_proj, key=key, before=self.down_proj)
-        gate, up = checkpoint_name(gate, MLP_GATE), checkpoint_name(up, MLP_UP)
+        gate, up = name_for_policies(gate, MLP_GATE), name_for_policies(up, MLP_UP)
         return self.down_proj(self.act(gate) * up, key=key)

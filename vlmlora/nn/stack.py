@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from vlmlora.nn.linear import Linear
+from vlmlora.nn.saved import name_for_policies
 from vlmlora.nn.trained import TRAINED
 from vlmlora.nn.variables import Trainable
 from vlmlora.quantization.weights import MixedWeight, Weight
@@ -70,7 +71,7 @@ def add_attended(
 
     Whoever saves it need not run attention's output projection again.
     """
-    return checkpoint_name(x + attended, ATTENTION_RESIDUAL)
+    return name_for_policies(x + attended, ATTENTION_RESIDUAL)
 
 
 def scan_layers(

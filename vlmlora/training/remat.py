@@ -170,12 +170,6 @@ def has_auto(policy: GradientCheckpointing) -> bool:
     return any(isinstance(each, str) and each == AUTO for each in policy_by_part(policy).values())
 
 
-def has_offload(policy: GradientCheckpointing) -> bool:
-    """Whether a part of the policy keeps something in host memory."""
-    parts = [each for each in policy_by_part(policy).values() if isinstance(each, str | Mapping)]
-    return any("offload" in _places(each).values() for each in parts if each != AUTO)
-
-
 def name_of_policy(policy: GradientCheckpointing) -> str:
     """A policy as short as it can be written: for all parts at once, and by name."""
     parts = {part: _shortest(each) for part, each in policy_by_part(policy).items()}

@@ -29,7 +29,6 @@ from vlmlora.training.remat import (
     CheckpointedLoss,
     GradientCheckpointing,
     has_auto,
-    has_offload,
     name_of_policy,
     policy_by_part,
 )
@@ -161,19 +160,15 @@ def choose_policy(
 _COMPILER_OPTIONS = {
     # Triton's products want other widths than those of low-rank products, and pad, which copies whole arrays.
     "xla_gpu_enable_triton_gemm": False,
-}
-_OFFLOADING_OPTIONS = {
-    # Copies to and from host memory begin a layer early, and on streams of their own: XLA has none by
-    # default, and within a CUDA graph it does not use them.
-    "xla_gpu_enable_pipelined_host_offloading": True,
+    # What is computed again is for the policy to say, not for XLA, which would begin where three quarters of
+    # the memory are used. (Percent of the 80 % of the device that it counts with.)
+    "xla_gpu_memory_limit_slop_factor": 120,
+    # Copies of saved values, to and from host memory too, overlap the computation: they run on streams of
+    # their own, of which XLA has none by default and uses none within a CUDA graph, and begin a layer early.
     "xla_gpu_executable_num_compute_streams": 4,
     "xla_gpu_enable_command_buffer": "",
+    "xla_gpu_enable_pipelined_host_offloading": True,
 }
-
-
-def _compiler_options(loss_fn: LossFn) -> dict[str, Any]:
-    offloads = isinstance(loss_fn, CheckpointedLoss) and has_offload(loss_fn.gradient_checkpointing)
-    return _COMPILER_OPTIONS | (_OFFLOADING_OPTIONS if offloads else {})
 
 
 class _Step:
@@ -283,7 +278,7 @@ class _Step:
             self._jitted[key] = jax.jit(
                 self._step if is_given else self._step_of(loss_fn),
                 donate_argnums=0,
-                compiler_options=_compiler_options(loss_fn),
+                compiler_options=_COMPILER_OPTIONS,
                 **where,
             )
         return self._jitted[key]
