@@ -30,7 +30,7 @@ SECONDS_PER_HOP = 3e-6
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 RANK = 16
 LABELLED = 0.25
-LOGIT_CHUNK = 2048
+LOGIT_CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -227,10 +227,12 @@ def memory_gib(model: Model, mesh: MeshSize, rows: int, tokens: int) -> float:
     weights = (model.language_weights + model.vision_weights) * NF4_BYTES + 2 * 2 * model.head
     adapters = 16 * model.adapters
     layer = 2 * sum(i * o for i, o in model.layer_shapes) / mesh.tensor
-    activations = 2 * rows * tokens * (3 * model.intermediate / mesh.tensor + 2 * model.hidden)
-    # float32 scores of one chunk and their gradient in 16 bit.
-    logits = 6 * min(LOGIT_CHUNK, rows * tokens) * model.vocab / mesh.tensor
-    return ((weights + adapters) / share + layer + activations + logits) / GIB
+    # What the backward pass of one layer holds where it holds most: gate, up and three gradients as wide, and
+    # about nine arrays of the hidden width.
+    activations = 2 * rows * tokens * (5 * model.intermediate / mesh.tensor + 9 * model.hidden)
+    # Scores of one chunk and their gradient, in 16 bit.
+    logits = 4 * min(LOGIT_CHUNK, rows * tokens) * model.vocab / mesh.tensor
+    return ((weights + adapters) / share + layer + max(activations, logits)) / GIB
 
 
 LAYOUTS = {
