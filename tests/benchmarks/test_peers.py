@@ -20,7 +20,7 @@ from vlmlora.training.loss import make_loss_fn
 MODELS = ["qwen2_5_vl-7b", "llama-3.2-11b-vision"]
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=[MODELS[0], pytest.param(MODELS[1], marks=pytest.mark.slow)])
 def checkpoint(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp(request.param)
     write(directory, make_config(request.param, layers=4, vision_layers=2, shrink=4))

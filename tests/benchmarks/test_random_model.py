@@ -18,7 +18,9 @@ SMALL = {"layers": 4, "vision_layers": 2, "shrink": 4}
 
 
 @pytest.mark.parametrize(("quant", "kind"), [("nf4", NF4Weight), ("int8", INT8Weight), ("none", DenseWeight)])
-@pytest.mark.parametrize("name", ["qwen2_5_vl-7b", "llama-3.2-11b-vision"])
+@pytest.mark.parametrize(
+    "name", ["qwen2_5_vl-7b", pytest.param("llama-3.2-11b-vision", marks=pytest.mark.slow)]
+)
 def test_decoded_weights_have_the_deviation_of_an_initialised_model(name, quant, kind):
     model = random_model(make_config(name, **SMALL), quant)
     for spec in module_table(model.config):

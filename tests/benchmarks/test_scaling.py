@@ -10,6 +10,7 @@ from benchmarks import plot, scaling
 SMALL = ["--layers", "1", "--vision-layers", "1", "--shrink", "4", "--steps", "1", "--rank-work", "1x300"]
 
 
+@pytest.mark.slow
 def test_every_length_and_rank_is_a_row(tmp_path, monkeypatch, capsys):
     out = tmp_path / "scaling.json"
     arguments = [*SMALL, "--tokens", "600", "300", "--ranks", "4", "--r", "2"]

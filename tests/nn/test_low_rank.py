@@ -42,7 +42,7 @@ def close(found, expected):
     jax.tree.map(compare, found, expected)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     features=st.integers(2, 40),
     outs=st.lists(st.integers(1, 30), min_size=1, max_size=3),

@@ -215,6 +215,7 @@ def test_the_rows_that_would_fit_are_counted():
     assert "rows should fit" not in str(auto.too_large(program, arguments, available=1100))
 
 
+@pytest.mark.slow
 def test_memory_and_work_of_policies_are_ordered_as_they_are(parts, programs):
     graphdef, adapters, frozen = parts
     loss = make_loss_fn(graphdef, gradient_checkpointing="auto")
@@ -234,6 +235,7 @@ def test_memory_and_work_of_policies_are_ordered_as_they_are(parts, programs):
     assert costs[2].memory - costs[0].memory == pytest.approx(more, rel=0.3)
 
 
+@pytest.mark.slow
 def test_a_part_may_be_left_to_choose(parts):
     graphdef, adapters, frozen = parts
     loss = make_loss_fn(graphdef, gradient_checkpointing={"vision": "unsloth", "language": "auto"})
