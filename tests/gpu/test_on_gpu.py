@@ -86,13 +86,14 @@ def test_fused_attention(gpu, is_causal, head_dim, lengths):
 PACKED = [[100, 1, 57, 33], [64, 64, 64, 64], [256], []]
 
 
-@pytest.mark.parametrize("has_gaps", [False, True])
-@pytest.mark.parametrize(("heads", "head_dim"), [(4, 64), (4, 80), (14, 128)])
+# Heads of 128 features have no room for the one that hides padding within a segment.
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "has_gaps"),
+    [(4, 64, False), (4, 64, True), (4, 80, False), (4, 80, True), (14, 128, False)],
+)
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("max_segments", [1, 4, 7])
 def test_fused_attention_keeps_segments_apart(gpu, max_segments, is_causal, heads, head_dim, has_gaps):
-    if has_gaps and head_dim == 128:
-        pytest.skip("no room for the feature that hides padding")
     rows, tokens = [lengths if len(lengths) <= max_segments else [200] for lengths in PACKED], 256
     ids = np.zeros((len(rows), tokens), np.int32)
     for row, lengths in enumerate(rows):

@@ -159,12 +159,14 @@ def test_the_sweep_of_many_tokens_stops_where_decoding_is_faster_and_sees_wrong_
     assert {row["who"] for row in rows} == {"bf16", "decode", "fused"}
 
 
+# Without the one whose blocks straddle rows, which is decoded instead.
 @pytest.mark.parametrize(
-    "shape", sorted({s for group in (bench.LANGUAGE, bench.VISION) for m in group.values() for s in m})
+    "shape",
+    sorted(
+        {s for group in (bench.LANGUAGE, bench.VISION) for m in group.values() for s in m if s[1] % 64 == 0}
+    ),
 )
 def test_every_tile_fits_a_block_and_a_wave(shape):
-    if shape[1] % 64:
-        pytest.skip("decoded instead")
     for tokens in (1, 4, 5, 16, 17, 32, 33, 64):
         rows = bench.candidates(next(row.tokens for row in tuning.FEW_TOKENS["nf4"] if tokens <= row.tokens))
         for row in rows:
