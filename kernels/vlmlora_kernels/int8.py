@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int8
 
 from vlmlora_kernels.dispatch import FUSED, explain
 from vlmlora_kernels.hopper import matvec
+from vlmlora_kernels.hopper.tuning import FUSED_TOKENS
 from vlmlora_kernels.lowering import few_tokens, on_cuda
 
 _RECIPROCAL_127 = np.float32(7.874015718698502e-3)
@@ -61,8 +62,9 @@ def matmul_int8(
 ) -> Float[Array, "*batch out"]:
     """``x @ W.T`` for an int8 W, in the type of `x`.
 
-    The row scales are applied to the product in float32, so the forward pass does not round W. Only `x` has a
-    gradient; the backward pass decodes W again: no decoded weight is saved for it.
+    With up to 64 tokens the row scales are applied to the product in float32, which does not round W; with
+    more, W is decoded to the type of `x` first. Only `x` has a gradient; the backward pass decodes W again:
+    no decoded weight is saved for it.
 
     Args:
         x: activations.
@@ -88,6 +90,9 @@ def _matmul(x, values, scale, implementation):
 
 
 def _matmul_in_xla(x, values, scale):
+    if math.prod(x.shape[:-1]) > FUSED_TOKENS:
+        # Decoding W costs less than writing a float32 product and reading it again for its scales.
+        return jnp.matmul(x, dequantize_int8(values, scale, dtype=x.dtype).T)
     product = jnp.matmul(x, values.astype(x.dtype).T, preferred_element_type=jnp.float32)
     return (product * (scale * _RECIPROCAL_127)).astype(x.dtype)
 

@@ -265,9 +265,7 @@ def _check_around(shape: Sequence[int], right: jax.Array | None, below: jax.Arra
 def _scale_arrays(absmax: Absmax) -> tuple[jax.Array, ...]:
     if not isinstance(absmax, NestedAbsmax):
         return (absmax,)
-    # Neither magnitudes nor their mean are negative, so this changes nothing but how XLA slices them out of a
-    # stack of layers: by a kernel, and not by copies that queue up behind those to and from host memory.
-    return absmax.codes, jnp.abs(absmax.absmax), absmax.code, jnp.abs(absmax.offset)
+    return tuple(absmax)
 
 
 def _absmax(scales: Sequence[jax.Array]) -> Absmax:

@@ -236,7 +236,7 @@ class NF4Weight(_Arrays):
         return matmul_4bit(
             x,
             self.codes,
-            self.absmax,
+            _sliced_by_kernel(self.absmax),
             shape=self.shape,
             quant_type=self.quant_type,
             blocksize=self.blocksize,
@@ -256,12 +256,23 @@ class NF4Weight(_Arrays):
     def _decode(self, codes: jax.Array, absmax: jax.Array | NestedAbsmax, **options: Any) -> jax.Array:
         return dequantize_4bit(
             codes,
-            absmax,
+            _sliced_by_kernel(absmax),
             shape=self.shape,
             quant_type=self.quant_type,
             blocksize=self.blocksize,
             **options,
         )
+
+
+def _sliced_by_kernel(absmax: jax.Array | NestedAbsmax) -> jax.Array | NestedAbsmax:
+    """The same scales: neither magnitudes nor their mean are negative.
+
+    It changes how XLA slices them out of a stack of layers: by a kernel, and not by copies, which would queue
+    up behind those of checkpointed layer inputs to and from host memory.
+    """
+    if not isinstance(absmax, NestedAbsmax):
+        return absmax
+    return absmax._replace(absmax=jnp.abs(absmax.absmax), offset=jnp.abs(absmax.offset))
 
 
 @jax.tree_util.register_dataclass

@@ -8,6 +8,9 @@ from vlmlora_kernels.hopper import wgmma
 from vlmlora_kernels.hopper.launch import MULTIPROCESSORS
 from vlmlora_kernels.hopper.matvec import COLUMNS, Tuning
 
+CLUSTERED = {1: MULTIPROCESSORS, 2: MULTIPROCESSORS, 4: 116}
+"""Multiprocessors that clusters of so many blocks occupy together. The 132 of a card are in groups that need
+not hold whole clusters of 4: on an H100, 29 of those ran at a time, and 32 in two waves."""
 SHARED_WORDS = 227 * 1024 // 4  # that a block may have
 MOST_SPLITS = 15  # each may need a named barrier, and the block has one of the 16
 _TABLE_WORDS = 34 * 256  # of the byte table and the code of nested scales
@@ -40,8 +43,8 @@ FEW_TOKENS = {
     "nf4": (
         FewTokens(tokens=4, row_tiles=1, warps=24, lookahead=1, unit=2, stages=0, cluster=1),
         FewTokens(tokens=16, row_tiles=2, warps=12, lookahead=2, unit=2, stages=0, cluster=1),
-        FewTokens(tokens=32, row_tiles=2, warps=12, lookahead=1, unit=2, stages=3, cluster=2),
-        FewTokens(tokens=64, row_tiles=2, warps=12, lookahead=1, unit=2, stages=2, cluster=4),
+        FewTokens(tokens=32, row_tiles=1, warps=16, lookahead=1, unit=2, stages=2, cluster=1),
+        FewTokens(tokens=64, row_tiles=1, warps=16, lookahead=1, unit=2, stages=2, cluster=1),
     ),
     "int8": (
         FewTokens(tokens=4, row_tiles=2, warps=16, lookahead=1, unit=2, stages=0, cluster=1),
@@ -115,9 +118,10 @@ def cut(row: FewTokens, tokens: int, shape: tuple[int, int]) -> Tuning:
     tiles = -(-out_features // (16 * row.row_tiles))
     token_tiles = -(-tokens // 8)
     fits = []
-    for cluster in (1, 2, 4):
-        groups = min(row.warps, -(-tiles * cluster // MULTIPROCESSORS))
-        waves = -(-(-(-tiles // groups) * cluster) // MULTIPROCESSORS)
+    for cluster in CLUSTERED:
+        slots = CLUSTERED[cluster]
+        groups = min(row.warps, -(-tiles * cluster // slots))
+        waves = -(-(-(-tiles // groups) * cluster) // slots)
         unit = min(row.unit, pieces // cluster // 2 * 2)
         if cluster > row.cluster or unit < 2:
             break
