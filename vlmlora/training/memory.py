@@ -249,11 +249,12 @@ def _products(jaxpr: Any) -> tuple[int, int]:
 
 
 def _jaxprs_of(params: Mapping[str, Any]) -> list[Any]:
-    def is_jaxpr(value: Any) -> bool:
-        return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+    leaves = jax.tree.leaves(list(params.values()), is_leaf=_is_jaxpr)
+    return [getattr(leaf, "jaxpr", leaf) for leaf in leaves if _is_jaxpr(leaf)]
 
-    leaves = jax.tree.leaves(list(params.values()), is_leaf=is_jaxpr)
-    return [getattr(leaf, "jaxpr", leaf) for leaf in leaves if is_jaxpr(leaf)]
+
+def _is_jaxpr(value: Any) -> bool:
+    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
 
 
 def _plan_activations(module: nnx.Module, config: PreTrainedConfig) -> dict[bool | str, Activations] | None:
