@@ -19,6 +19,7 @@ from vlmlora.lora.selection import select
 from vlmlora.models.init import init_parameters
 from vlmlora.models.module_table import linear_modules, module_table
 from vlmlora.models.registry import family_of
+from vlmlora.nn.low_rank import low_rank_products
 from vlmlora.nn.variables import Trainable
 from vlmlora.quantization.stacks import stack_weights
 from vlmlora.quantization.weights import DenseWeight, INT8Weight, NF4Weight
@@ -179,6 +180,22 @@ def test_a_step_on_a_mesh_is_the_step_on_one_device(mesh, stored, policy):
     ):
         scale = np.abs(leaf).max()
         np.testing.assert_allclose(found, leaf, rtol=0, atol=1e-4 * scale, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize(("mesh", "joins"), [("data", True), ("fsdp", True), ("tensor", False)])
+def test_low_rank_products_join_where_no_product_is_cut(mesh, joins, monkeypatch):
+    joined = []
+
+    def count(x, weights, factors, *, room=0):
+        joined.extend(weights)
+        return low_rank_products(x, weights, factors, room=room)
+
+    monkeypatch.setattr("vlmlora.nn.linear.low_rank_products", count)
+    module = make_model("nf4")
+    shard_model(module, FAMILY, make_mesh(**MESHES[mesh]))
+    graphdef, adapters, frozen = nnx_split(module)
+    jax.eval_shape(make_loss_fn(graphdef, gradient_checkpointing=True), adapters, frozen, BATCH)
+    assert bool(joined) == joins
 
 
 def test_offloaded_layer_inputs_are_named_on_a_mesh(monkeypatch):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from vlmlora.distributed import make_mesh
+from vlmlora.nn.low_rank import Factors, low_rank_products
 from vlmlora.quantization.sharded import Layout, ShardedTable, matrix_spec, shard_weight
 from vlmlora.quantization.stacks import stack_weights
 from vlmlora.quantization.weights import DenseWeight, INT8Weight, MixedWeight, NF4Weight, Weight
@@ -134,6 +135,33 @@ def test_a_dense_weight_that_learns_gets_its_gradient_where_it_lies():
         found = jax.jit(jax.grad(loss))(sharded, x)
         assert found.parts.value.sharding == sharded.parts.value.sharding
         np.testing.assert_allclose(found.parts.value, wanted.value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [8, 3])
+@pytest.mark.parametrize("kinds", [("dense", "dense"), ("nf4", "int8")])
+def test_low_rank_products_join_those_of_whole_weights(kinds, rows):
+    """Rows that divide among the devices, and rows that do not: then every device has all of them."""
+    weights = [make(kind, shape) for kind, shape in zip(kinds, [(48, 36), (20, 36)], strict=True)]
+    whole = [put(weight, None) for weight in weights]
+    factors = [
+        Factors(jnp.asarray(RNG.normal(size=(3, 36))), jnp.asarray(RNG.normal(size=(weight.shape[0], 3))))
+        for weight in weights
+    ]
+    x = jnp.asarray(RNG.normal(size=(rows, 5, 36)), jnp.float32)
+
+    @jax.jit
+    def outputs_and_gradients(x, weights, factors):
+        def loss(x, factors):
+            outputs = low_rank_products(x, weights, factors, room=4)
+            return sum(jnp.sum(y**2) / 2 for y in outputs), outputs
+
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(x, factors)
+
+    found = outputs_and_gradients(x, whole, factors)
+    wanted = outputs_and_gradients(x, weights, factors)
+    for leaf, expected in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        # float32 sums over rows and features in another order.
+        np.testing.assert_allclose(leaf, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def test_rows_that_do_not_divide_are_computed_everywhere():

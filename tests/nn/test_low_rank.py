@@ -21,12 +21,14 @@ KINDS = {
 
 def problem(features, outs, ranks, kind, tokens=(2, 5), seed=0):
     keys = iter(jax.random.split(jax.random.key(seed), 3 * len(outs) + 1))
+
+    def matrix(rows, columns):
+        # Products stay near 1: sines of large numbers would magnify their rounding.
+        return jax.random.normal(next(keys), (rows, columns)) / columns**0.5
+
     x = jax.random.normal(next(keys), (*tokens, features))
-    weights = [KINDS[kind](jax.random.normal(next(keys), (out, features))) for out in outs]
-    factors = [
-        Factors(jax.random.normal(next(keys), (r, features)), jax.random.normal(next(keys), (out, r)))
-        for out, r in zip(outs, ranks, strict=True)
-    ]
+    weights = [KINDS[kind](matrix(out, features)) for out in outs]
+    factors = [Factors(matrix(r, features), matrix(out, r)) for out, r in zip(outs, ranks, strict=True)]
     return x, weights, factors
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from vlmlora.nn.low_rank import Factors, low_rank_products, room_for
 from vlmlora.nn.trained import TRAINED
 from vlmlora.nn.variables import Frozen, abstract_array, parameter
-from vlmlora.quantization.sharded import ShardedTable, layout_of
+from vlmlora.quantization.sharded import BATCH, ShardedTable, batch_shards, is_whole, layout_of, row_spec
 from vlmlora.quantization.weights import DenseWeight, Framable, Weight
 
 
@@ -93,11 +93,14 @@ def apply_to_same(
 def _factors_in_one_product(layer: Linear, x: jax.Array, key: PRNGKeyArray | None) -> Factors | None:
     """The adapter's factors, where one product with the weight does both and is worth it."""
     weight = layer.weight.get_value()
+    layout = layout_of(weight)
     tokens = x.size // x.shape[-1]
+    if layout is not None and row_spec(x.shape, layout.mesh)[0] == BATCH:
+        tokens //= batch_shards(layout.mesh)
     # Of few tokens the weight is the larger part, and it is better left as it is stored.
     is_worth_it = 2 * tokens >= min(layer.in_features, layer.out_features)
-    # On a mesh products are cut, and a mixed weight holds cut ones.
-    is_framable = isinstance(weight, Framable) and layout_of(weight) is None
+    # On a mesh a product may be cut by features, and a mixed weight holds several that are.
+    is_framable = isinstance(weight, Framable) if layout is None else is_whole(weight)
     if layer.adapter is None or not is_worth_it or not is_framable:
         return None
     return layer.adapter.factors(x.dtype, key)

@@ -9,6 +9,8 @@ are put beside it there, and a single product does both, forward and backward:
 Layers that read the same x share the left-hand side, so that their A products are one. For ``x A.T`` to find
 its place, x is written with room to the right. Where that costs a pass over x, as between the products of a
 feed-forward block, the product before can leave the room: columns of zeros.
+
+On a mesh every device does so with its rows of x and the whole weight, gathered.
 """
 
 import functools
@@ -21,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vlmlora.quantization.sharded import ShardedWeight, with_whole_weights
 from vlmlora.quantization.weights import Framable
 
 _ALIGNMENT = 8  # elements: rows of 16-bit matrices are then whole words of 16 bytes, which fast products need
@@ -46,7 +49,7 @@ def room_for(features: int, ranks: Sequence[int]) -> int:
 
 def low_rank_products(
     x: Float[Array, "*batch in_and_room"],
-    weights: Sequence[Framable],
+    weights: Sequence[Framable | ShardedWeight],
     factors: Sequence[Factors],
     *,
     room: int = 0,
@@ -57,14 +60,13 @@ def low_rank_products(
 
     Args:
         x: activations; with columns of zeros to the right where the product before left room.
-        weights: each of shape [out, in], out as it likes.
+        weights: each of shape [out, in], out as it likes; all on one device, or all on one mesh and whole
+            there (`vlmlora.quantization.sharded.is_whole`).
         factors: of each weight, in the type of `x`.
         room: columns of zeros that are left to the right of the results.
     """
-    flat = x.reshape(-1, x.shape[-1])
     room_of_x = x.shape[-1] - factors[0].a.shape[1]
-    products = _products(flat, tuple(weights), tuple(factors), room, room_of_x)
-    return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in products)
+    return _products(x, tuple(weights), tuple(factors), room, room_of_x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -73,41 +75,55 @@ def _products(x, weights, factors, room, room_of_x):
 
 
 def _products_fwd(x, weights, factors, room, room_of_x):
-    features = factors[0].a.shape[1]
-    wide = _augment(x, jnp.concatenate([each.a for each in factors]).T)
-    width = wide.shape[1] - features
-    products = []
-    for weight, each, start in zip(weights, factors, _starts(factors), strict=True):
-        right = jnp.pad(each.b, ((0, 0), (start, width - start - each.b.shape[1])))
-        below = jnp.zeros((room, wide.shape[1]), x.dtype)
-        products.append(_contract(wide, weight.framed(right, below), (1, 1)))
+    def forward(weights, x, factors):
+        features = factors[0].a.shape[1]
+        flat = x.reshape(-1, x.shape[-1])
+        wide = _augment(flat, jnp.concatenate([each.a for each in factors]).T)
+        width = wide.shape[1] - features
+        products = []
+        for weight, each, start in zip(weights, factors, _starts(factors), strict=True):
+            right = jnp.pad(each.b, ((0, 0), (start, width - start - each.b.shape[1])))
+            below = jnp.zeros((room, wide.shape[1]), x.dtype)
+            products.append(_contract(wide, weight.framed(right, below), (1, 1)))
+        return tuple(y.reshape(*x.shape[:-1], y.shape[1]) for y in (*products, wide)), ()
+
+    (*products, wide), _ = with_whole_weights(forward, weights, x, factors)
     return tuple(products), (wide, weights, factors)
 
 
 def _products_bwd(room, room_of_x, residuals, cotangents):
+    def backward(weights, of_rows, factors):
+        wide, cotangents = of_rows
+        features = factors[0].a.shape[1]
+        starts = _starts(factors)
+        flat = wide.reshape(-1, wide.shape[-1])
+        # What computes a cotangent does so with wide loads, unless the room for its product is part of it.
+        cotangents = jax.lax.optimization_barrier([dy.reshape(-1, dy.shape[-1]) for dy in cotangents])
+        dys = [_augment(dy, each.b) for dy, each in zip(cotangents, factors, strict=True)]
+        projected, dbs = [], []
+        for each, start, dy in zip(factors, starts, dys, strict=True):
+            out, r = each.b.shape
+            projected.append(dy[:, out : out + r])
+            # Both gradients are taken of the augmented arrays and cut: the plain ones need not exist beside
+            # them.
+            dbs.append(_contract(dy, flat[:, features + start : features + start + r], (0, 0))[:out])
+        da = _contract(jnp.concatenate(projected, axis=1), flat, (0, 0))[:, :features]
+        # Once the factors' gradients are there x is not needed any more, before its own gradient takes
+        # memory.
+        dys, da, dbs = jax.lax.optimization_barrier((dys, da, dbs))
+        dx = 0
+        for weight, each, dy in zip(weights, factors, dys, strict=True):
+            out, r = each.b.shape
+            right = jnp.zeros((out, room_of_x), wide.dtype)
+            below = jnp.pad(each.a, ((0, dy.shape[1] - out - r), (0, room_of_x)))
+            dx += _contract(dy, weight.framed(right, below), (1, 0))
+        das = jnp.split(da, starts[1:])
+        gradients = tuple(Factors(*each) for each in zip(das, dbs, strict=True))
+        return dx.reshape(*wide.shape[:-1], dx.shape[1]), gradients
+
     wide, weights, factors = residuals
-    features = factors[0].a.shape[1]
-    starts = _starts(factors)
-    # What computes a cotangent does so with wide loads, unless the room for its product is part of it.
-    cotangents = jax.lax.optimization_barrier(cotangents)
-    dys = [_augment(dy, each.b) for dy, each in zip(cotangents, factors, strict=True)]
-    projected, dbs = [], []
-    for each, start, dy in zip(factors, starts, dys, strict=True):
-        out, r = each.b.shape
-        projected.append(dy[:, out : out + r])
-        # Both gradients are taken of the augmented arrays and cut: the plain ones need not exist beside them.
-        dbs.append(_contract(dy, wide[:, features + start : features + start + r], (0, 0))[:out])
-    da = _contract(jnp.concatenate(projected, axis=1), wide, (0, 0))[:, :features]
-    # Once the factors' gradients are there x is not needed any more, before its own gradient takes memory.
-    dys, da, dbs = jax.lax.optimization_barrier((dys, da, dbs))
-    dx = 0
-    for weight, each, dy in zip(weights, factors, dys, strict=True):
-        out, r = each.b.shape
-        right = jnp.zeros((out, room_of_x), wide.dtype)
-        below = jnp.pad(each.a, ((0, dy.shape[1] - out - r), (0, room_of_x)))
-        dx += _contract(dy, weight.framed(right, below), (1, 0))
-    das = jnp.split(da, starts[1:])
-    return dx, None, tuple(Factors(*each) for each in zip(das, dbs, strict=True))
+    dx, gradients = with_whole_weights(backward, weights, (wide, cotangents), factors)
+    return dx, None, gradients
 
 
 _products.defvjp(_products_fwd, _products_bwd)

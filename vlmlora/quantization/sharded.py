@@ -18,7 +18,7 @@ over both axes instead; the devices then gather and decode it whole, and multipl
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -422,6 +422,38 @@ def layout_of(weight: Weight) -> Layout | None:
     if isinstance(weight, MixedWeight):
         return layout_of(weight.pools[0])
     return weight.layout if isinstance(weight, ShardedWeight) else None
+
+
+def is_whole(weight: Weight) -> bool:
+    """Whether a sharded weight multiplies as a whole: each device has all features, and rows of its own."""
+    return isinstance(weight, ShardedWeight) and weight.layout.cut is None
+
+
+def with_whole_weights(
+    function: Callable[..., tuple[Any, Any]], weights: Sequence[Weight], of_rows: Any, shared: Any
+) -> tuple[Any, Any]:
+    """``function(weights, of_rows, shared)``: on a mesh, on every device with its rows.
+
+    Args:
+        function: gives arrays of the same rows, and arrays to be summed over the rows of all devices.
+        weights: of one layer; all on one device, or all on one mesh and `is_whole`. The function gets them
+            as weights of one device, gathered over ``fsdp``.
+        of_rows: arrays [rows, ...].
+        shared: arrays that every device has.
+    """
+    if not isinstance(weights[0], ShardedWeight):
+        return function(weights, of_rows, shared)
+    layout = weights[0].layout
+    rows = row_spec(jax.tree.leaves(of_rows)[0].shape, layout.mesh)[0]
+
+    def on_device(parts: Sequence[Weight], of_rows: Any, shared: Any) -> tuple[Any, Any]:
+        whole = [_local(part, each.shape, each.layout) for part, each in zip(parts, weights, strict=True)]
+        mine, sums = function(whole, of_rows, shared)
+        return mine, jax.lax.psum(sums, BATCH) if rows == BATCH else sums
+
+    in_specs = ([specs(each.parts, each.shape, each.layout) for each in weights], P(rows), P())
+    on_mesh = _on_mesh(on_device, layout, in_specs, (P(rows), P()))
+    return on_mesh([each.parts for each in weights], of_rows, shared)
 
 
 def reshard_dense(weight: DenseWeight, layout: Layout) -> ShardedWeight:
