@@ -41,7 +41,7 @@ class FewTokens:
 
 FEW_TOKENS = {
     "nf4": (
-        FewTokens(tokens=4, row_tiles=1, warps=24, lookahead=1, unit=2, stages=0, cluster=1),
+        FewTokens(tokens=4, row_tiles=2, warps=16, lookahead=1, unit=2, stages=0, cluster=1),
         FewTokens(tokens=16, row_tiles=2, warps=12, lookahead=2, unit=2, stages=0, cluster=1),
         FewTokens(tokens=32, row_tiles=1, warps=16, lookahead=1, unit=2, stages=2, cluster=1),
         FewTokens(tokens=64, row_tiles=1, warps=16, lookahead=1, unit=2, stages=2, cluster=1),
