@@ -111,7 +111,9 @@ class CrossAttention(nnx.Module):
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["in_span", "num_tiles"], meta_fields=["max_tiles"]
+    jax.tree_util.register_dataclass,
+    data_fields=["in_span", "num_tiles", "fills_canvases"],
+    meta_fields=["max_tiles"],
 )
 @dataclass(frozen=True)
 class Sight:
@@ -123,11 +125,13 @@ class Sight:
     Attributes:
         in_span: whether a token stands in the span of each image.
         num_tiles: filled tiles of each image of a row; 0 where there is no image.
+        fills_canvases: whether every image has all tiles filled.
         max_tiles: tiles of every image.
     """
 
     in_span: Bool[Array, "batch tokens images"]
     num_tiles: Int[Array, "batch images"]
+    fills_canvases: Bool[Array, ""]
     max_tiles: int
 
     @classmethod
@@ -141,9 +145,8 @@ class Sight:
         """What tokens at these positions see."""
         positions = position_ids[:, :, None]
         starts, ends = image_spans[:, None, :, 0], image_spans[:, None, :, 1]
-        return cls(
-            (positions >= starts) & (positions < ends) & (num_tiles > 0)[:, None], num_tiles, max_tiles
-        )
+        in_span = (positions >= starts) & (positions < ends) & (num_tiles > 0)[:, None]
+        return cls(in_span, num_tiles, jnp.all(num_tiles == max_tiles), max_tiles)
 
     @property
     def sees(self) -> Bool[Array, "batch tokens 1"]:
@@ -164,7 +167,12 @@ class Sight:
         # Of one image a token sees the first tiles or all, and neither needs an array of tokens × patches.
         filled = jnp.maximum(self.num_tiles[:, 0], 1) * patches
         seen = attention(query, keys, values, kv_lengths=filled.astype(jnp.int32))
-        return jnp.where(self.sees[..., None], seen, attention(query, keys, values))
+
+        def with_all_tiles(seen: jax.Array) -> jax.Array:
+            return jnp.where(self.sees[..., None], seen, attention(query, keys, values))
+
+        # Where every canvas is full the two are the same.
+        return jax.lax.cond(self.fills_canvases, lambda seen: seen, with_all_tiles, seen)
 
     def _mask(self, patches: int) -> Bool[Array, "batch tokens image_tokens"]:
         filled = jnp.arange(self.max_tiles) < self.num_tiles[:, :, None]
