@@ -89,6 +89,18 @@ def test_a_state_is_donated(trained, parts):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(copy.adapters))
 
 
+def test_a_state_committed_to_its_device_compiles_no_second_program(trained, parts, caplog):
+    """As steps return it on a GPU whose host memory they use; the first state is not committed."""
+    step, state, _, _ = trained
+    copy = jax.tree.map(jnp.copy, state)
+    committed = jax.device_put(copy, jax.devices()[0])
+    assert not jax.tree.leaves(copy)[0].committed
+    assert jax.tree.leaves(committed)[0].committed
+    with jax.log_compiles():
+        step(committed, parts[2], BATCH)
+    assert not [record for record in caplog.records if "jit(step)" in record.getMessage()]
+
+
 def test_offload_moves_layer_inputs_to_host_memory(parts, monkeypatch):
     graphdef, adapters, frozen = parts
     monkeypatch.setattr(remat, "_offloads_to_host", lambda: True)

@@ -204,8 +204,10 @@ class _Step:
     ) -> jax.stages.Lowered:
         """The step's program for these arguments, as ``jax.jit(...).lower``."""
         arguments = self._place(state, frozen, batch, key)
-        step = self._program(arguments).step if self._is_open else self._jit(self._loss_fn, state)
-        return step.lower(*arguments)
+        loss_fn = self._loss_fn
+        if self._is_open:
+            loss_fn = loss_fn.with_checkpointing(self._program(arguments).policy)
+        return self._jit(loss_fn, state).lower(*arguments)
 
     def policy(
         self, state: TrainState, frozen: PyTree, batch: Mapping[str, Any], key: PRNGKeyArray | None = None
@@ -262,11 +264,11 @@ class _Step:
         return program
 
     def _compile(self, loss_fn: LossFn, arguments: tuple[Any, ...]) -> Program:
-        # What jit runs later is what is compiled here: it keeps the program of a lowering.
-        step = self._jit(loss_fn, arguments[0])
-        compiled = step.lower(*arguments).compile()
+        # The program itself is what runs. jit would compile it again for the second step: what a program with
+        # copies to host memory returns is committed to its device, and what it was given first need not be.
+        program = self._jit(loss_fn, arguments[0]).lower(*arguments).compile()
         policy = loss_fn.gradient_checkpointing if isinstance(loss_fn, CheckpointedLoss) else None
-        return Program(policy, step, bytes_of_program(compiled))
+        return Program(policy, program, bytes_of_program(program))
 
     def _jit(self, loss_fn: LossFn, state: TrainState) -> Any:
         """The step as a jitted function; on a mesh the new state lies as the old one."""
