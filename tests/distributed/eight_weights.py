@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
+from tests.jaxprs import equations
 from vlmlora.distributed import make_mesh
 from vlmlora.nn.low_rank import Factors, low_rank_products
 from vlmlora.quantization.sharded import Layout, ShardedTable, matrix_spec, shard_weight
@@ -162,6 +164,31 @@ def test_low_rank_products_join_those_of_whole_weights(kinds, rows):
     for leaf, expected in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         # float32 sums over rows and features in another order.
         np.testing.assert_allclose(leaf, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4", "int8"])
+def test_no_empty_array_enters_or_leaves_a_shard_map(kind):
+    """XLA crashes on one (jax 0.11), as scans make of the constants of their bodies."""
+    stack = stack_weights([make(kind, (16, 16))] * 2)
+    whole = shard_weight(jax.tree.map(np.asarray, stack), Layout(MESH, None, P(None, None)))
+    factors = Factors(jnp.ones((2, 3, 16)), jnp.ones((2, 16, 3)))
+
+    def loss(factors, x):
+        def layer(x, step):
+            weight, each = step
+            return low_rank_products(x, [weight], [each])[0], None
+
+        return jnp.sum(jax.lax.scan(layer, x, (whole, factors))[0])
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(factors, jnp.ones((8, 4, 16)))
+    crossing = [
+        atom.aval
+        for equation in equations(jaxpr.jaxpr)
+        if equation.primitive.name == "shard_map"
+        for atom in (*equation.invars, *equation.outvars)
+    ]
+    assert crossing
+    assert all(aval.size for aval in crossing)
 
 
 def test_rows_that_do_not_divide_are_computed_everywhere():

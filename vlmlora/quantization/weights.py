@@ -104,7 +104,11 @@ class _Framed:
         self, right: Float[Array, "out right"], below: Float[Array, "below wide"]
     ) -> Float[Array, "high wide"]:
         """``[[W, right], [below]]`` in the type of `right`; either may be empty."""
-        return jnp.concatenate([jnp.concatenate([self.dequantize(right.dtype), right], axis=1), below])
+        # What is empty is left out: as a constant that a scan hoists out of `jax.shard_map` it crashes XLA
+        # (jax 0.11).
+        rows = self.dequantize(right.dtype)
+        rows = jnp.concatenate([rows, right], axis=1) if right.size else rows
+        return jnp.concatenate([rows, below]) if below.size else rows
 
 
 def _layer_of(leaf: Leaf, index: int) -> Leaf:
