@@ -77,11 +77,11 @@ def explain(
     obstacle = _obstacle_on_device()
     if obstacle:
         return Choice(XLA, obstacle)
-    if not obstacles[FUSED] and tokens <= most_fused_tokens(kind):
+    if not obstacles[FUSED] and tokens <= most_fused_tokens(kind, shape):
         return Choice(FUSED, f"{tokens} tokens, where reading W is a good part of the work")
     if not obstacles[DECODE]:
-        what = "a decoding" if tokens is None else f"{tokens} tokens, where the product is the work"
-        return Choice(DECODE, what)
+        why = f"{tokens} tokens and a weight of {shape}, where reading W is little of the work"
+        return Choice(DECODE, "a decoding" if tokens is None else obstacles[FUSED] or why)
     return Choice(XLA, f"no kernel takes it: {obstacles[DECODE]}")
 
 

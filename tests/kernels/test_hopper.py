@@ -168,8 +168,12 @@ def test_a_scan_with_remat_reads_the_stack_in_place(kind, tokens):
         scales = jax.ShapeDtypeStruct((layers, shape[0]), jnp.float32)
         stack, name = "tensor<3x96x512xi8>", "stablehlo.convert"
 
+    # For 80 tokens of a weight as small as this, decoding would be chosen.
+    product = functools.partial(matmul_4bit, shape=shape, implementation="fused" if tokens == 80 else None)
+    product = product if kind == "nf4" else matmul_int8
+
     def layer(x, weight):
-        y = matmul_4bit(x, *weight, shape=shape) if kind == "nf4" else matmul_int8(x, *weight)
+        y = product(x, *weight)
         return x + jnp.pad(jnp.tanh(y), ((0, 0), (0, shape[1] - shape[0]))), None
 
     def loss(x, codes, scales):
@@ -220,11 +224,12 @@ def test_under_vmap_and_shard_map():
 
 CASES = [
     (1, (512, 1024), {}, "fused"),
-    (FUSED_TOKENS + 1, (512, 1024), {}, "fused"),
-    (FUSED_TOKENS + 1, (512, 1024), {"backward": True}, "fused"),
-    (FUSED_TOKENS, (512, 1024), {"backward": True}, "decode"),
-    (FUSED_TOKENS + 1, (516, 1024), {}, "decode"),
-    (2**20, (512, 1024), {}, "decode"),
+    (FUSED_TOKENS + 1, (512, 1024), {}, "decode"),
+    (FUSED_TOKENS + 1, (4096, 4096), {}, "fused"),
+    (FUSED_TOKENS + 1, (4096, 4096), {"backward": True}, "fused"),
+    (FUSED_TOKENS, (4096, 4096), {"backward": True}, "decode"),
+    (FUSED_TOKENS + 1, (8196, 4096), {}, "decode"),
+    (2**20, (4096, 4096), {}, "decode"),
     (None, (512, 1024), {}, "decode"),
     (4, (10, 3420), {}, "decode"),
     (4, (5, 37), {}, "xla"),

@@ -3,6 +3,7 @@
 """
 
 import dataclasses
+import math
 
 from vlmlora_kernels.hopper import wgmma
 from vlmlora_kernels.hopper.launch import MULTIPROCESSORS
@@ -92,9 +93,14 @@ MANY_TOKENS = (
 then multiplying."""
 
 
-def most_fused_tokens(kind: str) -> int:
+MANY_TOKENS_FROM = 2**24  # elements of a weight; a smaller one has too few tiles for the card
+
+
+def most_fused_tokens(kind: str, shape: tuple[int, int]) -> int:
     """Up to how many tokens a fused product is the fastest, forward and backward."""
-    return FUSED_TOKENS if kind == "int8" else max(FUSED_TOKENS, *(row.tokens for row in MANY_TOKENS))
+    if kind == "int8" or math.prod(shape) < MANY_TOKENS_FROM:
+        return FUSED_TOKENS
+    return max(FUSED_TOKENS, *(row.tokens for row in MANY_TOKENS))
 
 
 def many_tokens_row(tokens: int) -> ManyTokens:
