@@ -80,7 +80,7 @@ def explain(
     if not obstacles[FUSED] and tokens <= most_fused_tokens(kind, shape):
         return Choice(FUSED, f"{tokens} tokens, where reading W is a good part of the work")
     if not obstacles[DECODE]:
-        why = f"{tokens} tokens and a weight of {shape}, where reading W is little of the work"
+        why = f"{tokens} tokens and a weight of {shape}, where decoding W and then multiplying is faster"
         return Choice(DECODE, "a decoding" if tokens is None else obstacles[FUSED] or why)
     return Choice(XLA, f"no kernel takes it: {obstacles[DECODE]}")
 

@@ -18,10 +18,11 @@ from vlmlora.nn.variables import Trainable
 from vlmlora.quantization.weights import NF4Weight
 from vlmlora.training.loss import make_loss_fn
 
+pytestmark = pytest.mark.slow
+
 LORA = LoraConfig(r=2, init_lora_weights=False)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", descriptions())
 def test_gradients_on_a_mesh_are_those_of_one_device(family):
     description = descriptions()[family]

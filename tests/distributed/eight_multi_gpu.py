@@ -29,10 +29,7 @@ def run(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("devices", "axes"),
-    [
-        pytest.param(2, ["fsdp"], marks=pytest.mark.slow),
-        pytest.param(8, ["data", "fsdp", "tensor"], marks=pytest.mark.slow),
-    ],
+    [(2, ["fsdp"]), pytest.param(8, ["data", "fsdp", "tensor"], marks=pytest.mark.slow)],
 )
 def test_losses_equal_those_of_one_device_and_collectives_are_timed(run, devices, axes):
     configs = [f"7b-nf4-{axis}" for axis in ("single", *axes)]

@@ -160,8 +160,8 @@ def choose_policy(
 _COMPILER_OPTIONS = {
     # Triton's products want other widths than those of low-rank products, and pad, which copies whole arrays.
     "xla_gpu_enable_triton_gemm": False,
-    # Time the algorithms of a product, but do not compare their results: that takes more copies of it, which
-    # for the head's were the most memory of the whole process (8.04 of 7.68 GiB for a 7B model).
+    # Time the algorithms of a product, but do not compare their results: that takes more copies of the
+    # head's, which made the peak of the whole process (7B, 4 × 1024 tokens: 8.04 GiB instead of 7.68).
     "xla_gpu_autotune_level": 2,
     # What is computed again is for the policy to say, not for XLA, which would begin where three quarters of
     # the memory are used. (Percent of the 80 % of the device that it counts with.)

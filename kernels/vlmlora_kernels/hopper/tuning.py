@@ -91,14 +91,13 @@ MANY_TOKENS = (
 )
 """For ascending numbers of tokens beyond `FUSED_TOKENS`, as far as the product is faster than decoding and
 then multiplying."""
-
-
-MANY_TOKENS_FROM = 2**24  # elements of a weight; a smaller one has too few tiles for the card
+MANY_TOKENS_ELEMENTS = 2**24
+"""The fewest elements of a weight for which that holds; a smaller one has too few tiles for the card."""
 
 
 def most_fused_tokens(kind: str, shape: tuple[int, int]) -> int:
     """Up to how many tokens a fused product is the fastest, forward and backward."""
-    if kind == "int8" or math.prod(shape) < MANY_TOKENS_FROM:
+    if kind == "int8" or math.prod(shape) < MANY_TOKENS_ELEMENTS:
         return FUSED_TOKENS
     return max(FUSED_TOKENS, *(row.tokens for row in MANY_TOKENS))
 
