@@ -132,7 +132,7 @@ def draw_scaling(result: dict[str, Any], ceiling: float, file: Path) -> None:
                     )
             axis.set_xscale("log", base=2)
             axis.spines[["top", "right"]].set_visible(False)
-            axis.margins(x=0.12, y=0.18)
+            axis.margins(x=0.2, y=0.18)
         if varied == "tokens":
             times.set_yscale("log")
         else:
