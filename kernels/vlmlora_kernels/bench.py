@@ -641,7 +641,6 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", "-m", "vlmlora_kernels.bench", *_arguments()]),
         "unit": "microseconds",
-        "models": {model: LANGUAGE[model] + VISION[model] for model in models},
         "ceilings": ceilings(options),
         "rows": [],
     }
@@ -655,6 +654,7 @@ def main() -> None:
         save(given.out, result)
         print(f"\n{chosen}")
     else:
+        result["models"] = {model: LANGUAGE[model] + VISION[model] for model in models}
         result["rows"] = measure(shapes, tokens, result["ceilings"], options)
         save(given.out, result)
         try:
