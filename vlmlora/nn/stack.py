@@ -1,7 +1,7 @@
 """Run an activation through layers whose parameters are stacked on a leading axis."""
 
 import functools
-import operator
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -171,17 +171,13 @@ def scan_mixed_layers(
     kinds = np.asarray(order, np.int32)
     places = np.array([np.sum(kinds[:step] == kind) for step, kind in enumerate(kinds)], np.int32)
     parts = [_LayersInPlace(stack) for stack in stacks]
-    # A kind's trained parameters, which are small, go with every step, so that their gradient is a slice's.
-    trained = [
-        jax.tree.map(operator.itemgetter(np.where(kinds == kind, places, 0)), part.trainable)
-        for kind, part in enumerate(parts)
-    ]
+    trained, take = _trained_by_step([part.trainable for part in parts], kinds, places)
     keys = None if key is None else jax.random.split(key, len(kinds))
 
     def branch(kind: int, constants: PyTree, operands: PyTree) -> tuple[jax.Array, PyTree]:
         frozen, arrays, constant, place, step_key = constants
         x, trained, shared = operands
-        layer = parts[kind].layer(frozen[kind], place, trained[kind])
+        layer = parts[kind].layer(frozen[kind], place, take(kind, trained))
         arrays = None if arrays is None else jax.tree.map(lambda leaf: leaf[place], arrays[kind])
         return calls[kind](layer, x, shared, constant, arrays, key=step_key)
 
@@ -223,6 +219,49 @@ def _body_and_steps(
         return call(layer, x, layer_inputs, key=layer_key)
 
     return body if remat is None else remat(body), (sliced, per_layer, keys)
+
+
+def _trained_by_step(
+    trainables: Sequence[PyTree], kinds: np.ndarray, places: np.ndarray
+) -> tuple[list[Array], Callable[[int, Sequence[Array]], PyTree]]:
+    """Trained parameters, which are small, in the order of the steps, so that their gradient is a slice's.
+
+    A step needs those of its own kind only. So arrays of several kinds that are alike in shape and type share
+    one; where all have their likes, no more layers are held than there are steps.
+
+    Args:
+        trainables: for each kind its parameters, every array with a leading axis over the kind's layers.
+        kinds: of every step.
+        places: the layer of its kind that every step takes.
+
+    Returns:
+        Arrays with a leading axis over the steps, and what makes a kind's parameters of one step's slices.
+    """
+    flat = [jax.tree.flatten(trainable) for trainable in trainables]
+    # The first of a shape and type in one kind goes with the first in another, the second with the second.
+    shared: dict[Any, dict[int, Array]] = {}
+    names: list[list[Any]] = []
+    for kind, (leaves, _) in enumerate(flat):
+        seen: Counter = Counter()
+        names.append([])
+        for leaf in leaves:
+            alike = leaf.shape[1:], leaf.dtype.name
+            names[kind].append((*alike, seen[alike]))
+            seen[alike] += 1
+            shared.setdefault(names[kind][-1], {})[kind] = leaf
+    places_of_names = {name: number for number, name in enumerate(shared)}
+
+    def by_step(of_kind: dict[int, Array]) -> Array:
+        rows, start = np.zeros_like(places), 0
+        for kind, leaf in of_kind.items():
+            rows = np.where(kinds == kind, start + places, rows)
+            start += leaf.shape[0]
+        return jnp.concatenate(list(of_kind.values()))[rows]
+
+    def take(kind: int, slices: Sequence[Array]) -> PyTree:
+        return jax.tree.unflatten(flat[kind][1], [slices[places_of_names[name]] for name in names[kind]])
+
+    return [by_step(of_kind) for of_kind in shared.values()], take
 
 
 class _LayersInPlace:
