@@ -5,11 +5,24 @@ from jaxtyping import install_import_hook
 # Before anything imports the packages, so that their functions are the checked ones.
 install_import_hook(["vlmlora", "vlmlora_kernels"], "beartype.beartype")
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
-import torch  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_torch_thread():
     """The oracles run on small shapes, where threads cost more than they give."""
+    import torch
+
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick_compilation():
+    """On a CPU, programs are compiled without the passes that make code fast and change no result.
+
+    Shapes are tiny and compilation is what the tests wait for. The notebooks and the demo run in processes of
+    their own, which compile as a user's do; so do the tests on a GPU.
+    """
+    if jax.default_backend() == "cpu":
+        jax.config.update("jax_disable_most_optimizations", True)

@@ -27,10 +27,8 @@ def run(tmp_path, monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize(
-    ("devices", "axes"),
-    [(2, ["fsdp"]), pytest.param(8, ["data", "fsdp", "tensor"], marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("devices", "axes"), [(2, ["fsdp"]), (8, ["data", "fsdp", "tensor"])])
 def test_losses_equal_those_of_one_device_and_collectives_are_timed(run, devices, axes):
     configs = [f"7b-nf4-{axis}" for axis in ("single", *axes)]
     single, *rows = run("--shrink", "4", "--devices", str(devices), "--configs", *configs)

@@ -1,4 +1,4 @@
-"""Runs the files ``eight_*.py`` beside this one, each in a process of its own that has eight virtual devices.
+"""Runs the files ``eight_*.py`` beside this one in a process that has eight virtual devices.
 
 The rest of the suite runs on one device, whose number a process fixes when JAX starts. So pytest does not
 collect those files by itself; run one by hand as
@@ -20,14 +20,15 @@ PARTLY_SHORT = [file for file in FILES if "\npytestmark = pytest.mark.slow\n" no
 NOTHING_SELECTED = 5
 
 
-def run(file: Path, marks: str) -> None:
+def run(files: list[Path], marks: str) -> None:
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
     }
     for name in [name for name in environment if name.startswith("PYTEST_")]:
         del environment[name]
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-m", marks, "--durations=0", str(file)]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-m", marks, "--durations=0"]
+    command += map(str, files)
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
     )
@@ -35,16 +36,15 @@ def run(file: Path, marks: str) -> None:
     assert done.returncode in (0, NOTHING_SELECTED), done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("file", PARTLY_SHORT, ids=lambda file: file.stem)
-def test_on_eight_devices(file):
-    run(file, "not slow")
+def test_on_eight_devices():
+    run(PARTLY_SHORT, "not slow")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_on_eight_devices_at_length(file):
-    run(file, "slow")
+    run([file], "slow")
 
 
 def test_no_file_is_left_out():

@@ -31,21 +31,9 @@ measured errors are below 1e-5."""
 SAME = 1e-5
 """Relative; the same float32 products of this library in a program of another shape."""
 
-_QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
 POLICIES = (False, "unsloth", "attention+mlp")
 """Kinds of gradient checkpointing compared on one case of a family: none, layer inputs in host memory, values
 by name. All other cases run True, which saves the layer inputs."""
-
-
-def quickly(function):
-    """Compile for one run on tiny shapes: without the passes that make code faster and change no result.
-
-    Where many configurations are compared, compilation is what the tests wait for, and this halves it. The
-    program that users run is compiled as usual in the tests of generation and of the training loop.
-    """
-    return jax.jit(function, compiler_options=_QUICK)
 
 
 def linear_names(model: PreTrainedModel, *, head: bool = True) -> list[str]:
@@ -63,7 +51,7 @@ def load(directory: Path) -> nnx.Module:
     return load_model(directory, read_config(directory), dtype=np.float32, quantize=None, progress=False)
 
 
-@quickly
+@jax.jit
 def logits(module: nnx.Module, batch: dict) -> jax.Array:
     """This library's logits."""
     return module.logits(module(**model_inputs(batch))[0])
@@ -79,7 +67,7 @@ def evaluate(module: nnx.Module, inputs: Inputs, policies: tuple[bool | str, ...
     graphdef, adapters, frozen = nnx.split(module, Trainable, ...)
     losses = [make_loss_fn(graphdef, gradient_checkpointing=policy, chunk_size=16) for policy in policies]
 
-    @quickly
+    @jax.jit
     def run(adapters, frozen, batch):
         merged = nnx.merge(graphdef, adapters, frozen)
         found = merged.logits(merged(**model_inputs(batch))[0])

@@ -143,6 +143,7 @@ FAMILY = Description(
     make_inputs=make_inputs,
     one_row=one_row,
     end_token=EOS,
+    slow=("multi_query", "only_full_attention"),
     greedy=("tied", "video", "text_only"),
     eras={"before 4.52": before_4_52, "4.52 to 4.57": lambda name: name},
     place=place,

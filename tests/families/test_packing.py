@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.families.parity import GRADIENT, LOSS, load, quickly
+from tests.families.parity import GRADIENT, LOSS, load
 from tests.nn.fake_cudnn import install
 from vlmlora.data.loader import make_batches
 from vlmlora.data.processing import VisionLanguageProcessor
@@ -49,14 +49,14 @@ def packable(family, tmp_path_factory):
 def test_packed_rows_have_the_loss_and_gradients_of_separate_ones(packable, kernels, monkeypatch):
     (graphdef, adapters, frozen), processor, samples = packable
     loss_fn = make_loss_fn(graphdef, gradient_checkpointing=True, chunk_size=16)
-    run = quickly(jax.value_and_grad(loss_fn))
+    run = jax.jit(jax.value_and_grad(loss_fn))
     loss, gradients = run(adapters, frozen, processor.collate(samples))
     asked = install(monkeypatch) if kernels == "cuDNN" else []
     for rows in ROWS:
         batch = processor.collate_packed([[samples[i] for i in row] for row in rows])
         assert len(batch["input_ids"]) == len(batch["pixel_values"]) == len(rows)
         # Compiled anew, since the kernels may be others.
-        packed, packed_gradients = quickly(jax.value_and_grad(lambda *a: loss_fn(*a)))(
+        packed, packed_gradients = jax.jit(jax.value_and_grad(lambda *a: loss_fn(*a)))(
             adapters, frozen, batch
         )
         np.testing.assert_allclose(packed, loss, rtol=LOSS)
@@ -69,7 +69,7 @@ def test_a_sample_does_not_see_its_neighbours(packable):
     (graphdef, adapters, frozen), processor, samples = packable
     module = nnx.merge(graphdef, adapters, frozen)
 
-    @quickly
+    @jax.jit
     def hidden(batch):
         inputs = {k: v for k, v in batch.items() if k not in ("labels", "attention_mask")}
         return module(**inputs)[0]

@@ -26,7 +26,6 @@ from tests.families.parity import (
     linear_names,
     load,
     logits,
-    quickly,
 )
 from vlmlora.generation.greedy import greedy_decode
 from vlmlora.lora.apply import adapted_modules, add_adapters
@@ -178,7 +177,7 @@ def test_samples_packed_into_one_row_do_not_see_each_other(family, tmp_path):
     graphdef, adapters, frozen = nnx.split(load(tmp_path), Trainable, ...)
     loss_fn = make_loss_fn(graphdef, gradient_checkpointing=False, chunk_size=16)
 
-    @quickly
+    @jax.jit
     def run(adapters, frozen, batch):
         module = nnx.merge(graphdef, adapters, frozen)
         return module.logits(module(**model_inputs(batch))[0]), loss_fn(adapters, frozen, batch)

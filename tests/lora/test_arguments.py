@@ -15,7 +15,6 @@ from flax import nnx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.families.parity import quickly
 from tests.models.qwen2_5_vl_cases import Case, Visual, batches, random_torch_model, tiny_config
 from vlmlora.fast_vision_model import FastVisionModel
 from vlmlora.lora.apply import adapted_modules, trainable_parameters
@@ -145,7 +144,7 @@ FLAGS = {
 }
 
 
-@quickly
+@jax.jit
 def logits(module, inputs):
     return module.logits(module(**model_inputs(inputs))[0])
 

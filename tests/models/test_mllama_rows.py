@@ -1,11 +1,12 @@
 """A row of a batch gives what transformers gives for it alone, with and without images, in float32."""
 
+import jax
 import numpy as np
 import torch
 from flax import nnx
 
 from tests.families.mllama import FAMILY, SEVERAL
-from tests.families.parity import LOGITS, load, quickly
+from tests.families.parity import LOGITS, load
 from tests.models.mllama_cases import EOS, IMAGE_TOKEN
 from vlmlora.generation.greedy import greedy_decode
 from vlmlora.nn.batch import model_inputs
@@ -22,7 +23,7 @@ def test_logits_and_greedy_tokens_do_not_depend_on_the_other_rows(tmp_path):
     batch = inputs.ours | {"image_index": np.where(has_image, inputs.ours["image_index"], -1)}
     graphdef, state = nnx.split(load(tmp_path))
 
-    @quickly
+    @jax.jit
     def run(state, batch):
         module = nnx.merge(graphdef, state)
         return module.logits(module(**model_inputs(batch))[0])
