@@ -145,6 +145,27 @@ def test_mixed_layers_equal_a_loop(keeps_no_operands, monkeypatch):
         )
 
 
+def test_a_step_has_its_own_trained_parameters_and_what_is_alike_shares_an_array():
+    """Kinds of four and three layers: two arrays alike in other places, one of another type, two alone."""
+
+    def array(layers, *shape, dtype=np.float32):
+        size = layers * int(np.prod(shape))
+        return jnp.arange(size, dtype=dtype).reshape(layers, *shape) + 100 * len(shape)
+
+    first = {"a": array(4, 2, 5), "b": array(4, 2, 5) + 1000, "c": array(4, 3), "half": array(4, 6)}
+    second = {"other": array(3, 3) + 7, "half": array(3, 6, dtype=jnp.bfloat16), "z": array(3, 2, 5) + 9}
+    places = np.array([0, 0, 1, 1, 2, 2, 3])
+    arrays, take = stack._trained_by_step([first, second], np.array(ORDER), places)
+    for step, (kind, place) in enumerate(zip(ORDER, places, strict=True)):
+        taken = take(kind, [each[step] for each in arrays])
+        jax.tree.map(
+            np.testing.assert_array_equal, taken, jax.tree.map(lambda a, i=place: a[i], (first, second)[kind])
+        )
+    # "a" with "z", "c" with "other"; "b" and both halves alone.
+    assert len(arrays) == 5
+    assert {len(each) for each in arrays} == {len(ORDER)}
+
+
 def test_the_program_does_not_grow_with_the_number_of_layers():
     def size(order):
         stacks = [Layer(order.count(kind), kind, quantized=False) for kind in (0, 1)]
