@@ -71,6 +71,7 @@ def test_shrunken_models_keep_their_build(name):
         make_config(name, shrink=7)
 
 
+@pytest.mark.slow
 def test_train_step_measures_and_saves(tmp_path, monkeypatch, capsys):
     out = tmp_path / "result.json"
     small = ["--layers", "1", "--vision-layers", "1", "--shrink", "4", "--r", "4"]

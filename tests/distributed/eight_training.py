@@ -210,6 +210,7 @@ def test_offloaded_layer_inputs_are_named_on_a_mesh(monkeypatch):
     assert "<host>" in str(jax.make_jaxpr(gradient)(adapters, frozen, BATCH))
 
 
+@pytest.mark.slow
 def test_a_policy_is_chosen_for_each_device(tmp_path, monkeypatch):
     """A device of eight has an eighth of the activations, beside the same weights."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -169,5 +169,5 @@ FAMILY = Description(
     processor=ProcessorCase(
         reference=reference_processor, config=processor_config, conversations=conversations
     ),
-    slow=("other_tiles", "no_cross_attention", "llama3_rotary"),
+    slow=("several_images", "other_tiles", "no_cross_attention", "llama3_rotary"),
 )
