@@ -450,7 +450,7 @@ def _of_rows(
 ) -> Float[Array, "batch image_tokens hidden"]:
     """Each row's images side by side, zeros where there is none."""
     # A sum over images, since the gradient of indexing would add them up one after another. As a product the
-    # compiler would pad the images to eight, which is as much memory as a step's largest arrays.
+    # compiler would pad the images to eight: of two images four times the features.
     picks = image_index[..., None] == jnp.arange(features.shape[0])
     rows = jnp.where(picks[..., None, None, None], features, 0).sum(axis=2, dtype=features.dtype)
     return rows.reshape(rows.shape[0], -1, rows.shape[-1])
