@@ -186,12 +186,14 @@ def scan_mixed_layers(
     frozen = tuple(part.frozen for part in parts)
 
     def body(x: jax.Array, step: Any) -> tuple[jax.Array, PyTree]:
-        kind, place, trained, step_key = step
+        number, trained, step_key = step
+        kind, place = jnp.divmod(number, len(kinds))
         x = checkpoint_name(x, LAYER_INPUT)
         constants = (frozen, per_layer, constant, place, step_key)
-        return switch(branches, kind, constants, (x, trained, shared))
+        return switch(branches, kind, constants, (x, _compute_slices(trained), shared))
 
-    return jax.lax.scan(body if remat is None else remat(body), x, (kinds, places, trained, keys))
+    steps = (kinds * len(kinds) + places, trained, keys)
+    return jax.lax.scan(body if remat is None else remat(body), x, steps)
 
 
 def _body_and_steps(
@@ -203,7 +205,7 @@ def _body_and_steps(
 ) -> tuple[Callable, PyTree]:
     """What `jax.lax.scan` runs for each layer, and the arrays that it slices."""
     graphdef, state = nnx.split(_expand_adapters(layers))
-    leaves, treedef = jax.tree.flatten(state, is_leaf=_is_mixed)
+    leaves, treedef = jax.tree.flatten(state, is_leaf=_is_weight)
     pools = [leaf.split_for_scan()[0] if _is_mixed(leaf) else None for leaf in leaves]
     sliced = [leaf.split_for_scan()[1] if _is_mixed(leaf) else leaf for leaf in leaves]
     keys = None if key is None else jax.random.split(key, layers.stack)
@@ -215,10 +217,22 @@ def _body_and_steps(
             leaf if pool is None else MixedWeight.join(pool, leaf)
             for pool, leaf in zip(pools, layer_leaves, strict=True)
         ]
+        # Products read their part of a stack of weights where it lies; of the rest a step has its own arrays.
+        joined = [leaf if _is_weight(leaf) else _compute_slices(leaf) for leaf in joined]
         layer = nnx.merge(graphdef, jax.tree.unflatten(treedef, joined))
-        return call(layer, x, layer_inputs, key=layer_key)
+        return call(layer, x, _compute_slices(layer_inputs), key=layer_key)
 
     return body if remat is None else remat(body), (sliced, per_layer, keys)
+
+
+def _compute_slices(slices: PyTree) -> PyTree:
+    """The same arrays as results of a computation, where slices alone would be copied.
+
+    XLA gives its few streams in turn to all copies in a loop's body. There a slice that is awaited at once
+    would stand behind a layer's input that is on its way to host memory, for which nothing else waits.
+    """
+    true = jax.lax.optimization_barrier(jnp.bool_(True))  # XLA does not know that it is
+    return jax.tree.map(lambda leaf: jax.lax.select_n(true, jax.lax.full_like(leaf, 0), leaf), slices)
 
 
 def _trained_by_step(
