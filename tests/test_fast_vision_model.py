@@ -7,6 +7,7 @@ import sys
 
 import jax
 import numpy as np
+import optax
 import peft
 import pytest
 import torch
@@ -109,6 +110,31 @@ def test_train_save_and_load_again(fresh, tmp_path, capsys):
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
     trainable, total = theirs.get_nb_trainable_parameters()
     assert f"trainable params: {trainable:,} || all params: {total:,} ||" in printed
+
+
+def test_adapters_given_away_are_missed_until_they_come_back(fresh, tmp_path):
+    model = FastVisionModel.get_peft_model(fresh, r=4)
+    processor = FastVisionModel.from_pretrained(bundled_model(), progress=False)[1]
+    batch = processor.collate([processor.encode(conversation("12"))])
+    graphdef, adapters, frozen = model.split()
+    optimizer = optax.sgd(0.1)
+    step = make_train_step(make_loss_fn(graphdef), optimizer)
+    copied, _ = step(init_train_state(adapters, optimizer), frozen, batch)
+    state, _ = step(init_train_state(adapters, optimizer, donate=True), frozen, batch)
+    jax.tree.map(np.testing.assert_array_equal, state.adapters, copied.adapters)
+
+    missing = pytest.raises(RuntimeError, match=r"call model\.update\(state\.adapters\)")
+    for use in (model.split, model.merge_and_unload, lambda: model.save_pretrained(tmp_path / "a")):
+        with missing:
+            use()
+    with missing:
+        model.generate(batch)
+    with missing:
+        model.save_pretrained_merged(tmp_path / "merged")
+    assert not list(tmp_path.iterdir())
+    model.update(state.adapters)
+    model.save_pretrained(tmp_path / "adapter")
+    jax.tree.map(np.testing.assert_array_equal, model.split()[1], copied.adapters)
 
 
 def test_full_fine_tuning_leaves_a_checkpoint_that_transformers_loads(tmp_path):

@@ -346,12 +346,28 @@ class FastVisionModel:
         """The model as (structure, trainable parameters, frozen parameters).
 
         The two pytrees share the model's arrays. `vlmlora.make_loss_fn` takes the structure.
+
+        Raises:
+            RuntimeError: the trainable parameters are gone, see `update`.
         """
+        self._check_is_whole()
         return nnx.split(self.module, Trainable, ...)
 
     def update(self, adapters: PyTree) -> None:
-        """Put trained parameters, as `split` gave them, back into the model."""
+        """Put trained parameters, as `split` gave them, back into the model.
+
+        The model shares their arrays. A further step with the state that they come from frees these; whatever
+        needs the model after that raises a RuntimeError until it is updated again.
+        """
         nnx.update(self.module, adapters)
+
+    def _check_is_whole(self) -> None:
+        trainable = jax.tree.leaves(nnx.state(self.module, Trainable))
+        if any(isinstance(array, jax.Array) and array.is_deleted() for array in trainable):
+            raise RuntimeError(
+                "the model's trainable parameters were donated to a training step since they were last put "
+                "into it; call model.update(state.adapters) with the newest state"
+            )
 
     def print_trainable_parameters(self) -> None:
         """Print the count of trainable parameters, of all, and their share, as PEFT does."""
@@ -477,7 +493,9 @@ class FastVisionModel:
         Raises:
             ValueError: the model has neither adapters nor trainable parameters, or none of a selected name.
             NotImplementedError: a whole checkpoint, with several processes.
+            RuntimeError: the trainable parameters are gone, see `update`.
         """
+        self._check_is_whole()
         if self.adapters:
             selected = list(self.adapters) if selected_adapters is None else list(selected_adapters)
             for name in selected:
@@ -511,7 +529,9 @@ class FastVisionModel:
 
         Raises:
             ValueError: the model has no adapter, or one that no weight and bias can hold.
+            RuntimeError: the trainable parameters are gone, see `update`.
         """
+        self._check_is_whole()
         table, unties = self.module_table, unties_head(self.module)
         merge_adapters(self.module, table)
         if unties:
@@ -553,8 +573,10 @@ class FastVisionModel:
             TypeError: unknown argument; the message names the nearest.
             ValueError: no adapter, another `save_method`, or `base` is not the adapter's.
             OSError: writing failed.
+            RuntimeError: the trainable parameters are gone, see `update`.
         """
         _reject_unknown(FastVisionModel.save_pretrained_merged, unknown)
+        self._check_is_whole()
         _check_save_method(save_method)
         if save_method == "lora":
             self.save_pretrained(directory)
@@ -694,7 +716,9 @@ class FastVisionModel:
 
         Raises:
             ValueError: `max_new_tokens` is less than 1.
+            RuntimeError: the trainable parameters are gone, see `update`.
         """
+        self._check_is_whole()
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens}: it must be at least 1")
         ends = self.eos_token_ids if eos_token_id is None else np.atleast_1d(eos_token_id).tolist()

@@ -56,13 +56,20 @@ Metrics = dict[str, jax.Array]
 TrainStep = Callable[..., tuple[TrainState, Metrics]]
 
 
-def init_train_state(adapters: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step.
+def init_train_state(
+    adapters: PyTree, optimizer: optax.GradientTransformation, *, donate: bool = False
+) -> TrainState:
+    """The state before the first step. On a mesh, the optimizer's moments are cut as the parameters are.
 
-    `adapters` is copied: the step donates its state, and the model keeps its own arrays. On a mesh, the
-    optimizer's moments are cut as the parameters are.
+    Args:
+        adapters: what will be trained, from ``model.split()``.
+        optimizer: any optax transformation.
+        donate: take the arrays of `adapters` themselves, which saves the memory of a second copy. The first
+            step frees them, and the model is without until ``model.update(state.adapters)``. By default they
+            are copied, since a step donates its state, and the model keeps its own.
     """
-    adapters = jax.tree.map(jnp.copy, adapters)
+    if not donate:
+        adapters = jax.tree.map(jnp.copy, adapters)
     opt_state, step = optimizer.init(adapters), jnp.int32(0)
     if (mesh := mesh_of(adapters)) is not None:
         # Moments lie where their parameters do; counters have no place yet.
@@ -167,10 +174,12 @@ _COMPILER_OPTIONS = {
     # the memory are used. (Percent of the 80 % of the device that it counts with.)
     "xla_gpu_memory_limit_slop_factor": 120,
     # Copies of saved values, to and from host memory too, overlap the computation: they run on streams of
-    # their own, of which XLA has none by default and uses none within a CUDA graph, and begin a layer early.
+    # their own, of which XLA has none by default, and begin a layer early.
     "xla_gpu_executable_num_compute_streams": 4,
-    "xla_gpu_enable_command_buffer": "",
     "xla_gpu_enable_pipelined_host_offloading": True,
+    # CUDA graphs hold what is computed between those copies. Not the loops, for within a graph XLA has one
+    # stream; but conditionals, which would fetch their index over the link that a layer's input fills.
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL",
 }
 
 
