@@ -409,10 +409,12 @@ def candidates(tokens: int) -> list[tuning.FewTokens]:
             row(row_tiles=2, warps=12, lookahead=1, unit=4, stages=0, cluster=1),
             row(row_tiles=2, warps=12, lookahead=1, unit=4, stages=0, cluster=2),
             row(row_tiles=2, warps=16, lookahead=1, unit=2, stages=0, cluster=1),
+            row(row_tiles=2, warps=16, lookahead=1, unit=2, stages=0, cluster=1, early_x=True),
         ]
     elif tokens <= 16:
         tried = [
             row(row_tiles=2, warps=12, lookahead=2, unit=2, stages=0, cluster=1),
+            row(row_tiles=2, warps=12, lookahead=2, unit=2, stages=0, cluster=1, early_x=True),
             row(row_tiles=2, warps=12, lookahead=1, unit=4, stages=0, cluster=1),
             row(row_tiles=2, warps=12, lookahead=1, unit=4, stages=2, cluster=1),
             row(row_tiles=2, warps=12, lookahead=1, unit=4, stages=2, cluster=4),

@@ -85,6 +85,8 @@ TUNINGS = [
     Tuning(3, 1, 1, 3),
     Tuning(1, 2, 3, 2),
     Tuning(5, 1, 2, 1, unit=2),
+    Tuning(3, 1, 2, 2, unit=2, early_x=True),
+    Tuning(2, 2, 1, 1, unit=4, early_x=True),
     Tuning(2, 2, 2, 1, unit=2, stages=2),
     Tuning(3, 1, 1, 2, unit=4, stages=3),
     Tuning(1, 2, 2, 1, unit=2, cluster=2),

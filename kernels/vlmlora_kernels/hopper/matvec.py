@@ -17,6 +17,7 @@ columns: threads load those, and two that are two apart swap halves.
 """
 
 import dataclasses
+import functools
 from types import ModuleType
 from typing import Any
 
@@ -43,6 +44,7 @@ class Tuning:
         unit: blocks of 64 columns whose codes a warp loads together, 2 or 4.
         stages: units of `x` in shared memory, at least 2; with 0, `x` is read through the L1 cache.
         cluster: blocks of threads that share the columns of a band, 1 to 8.
+        early_x: start a unit's first loads of `x` while the unit before is multiplied; without `stages`.
     """
 
     groups: int
@@ -52,6 +54,7 @@ class Tuning:
     unit: int = 4
     stages: int = 0
     cluster: int = 1
+    early_x: bool = False
 
     @property
     def rows(self) -> int:
@@ -352,24 +355,27 @@ def matmul(decoder: FourBit | EightBit, *, tokens: int, shape: tuple[int, int], 
             source = (lane & 28) | index
             return [t.as_float(t.shuffle(scale, source)) for scale in scales_of_row]
 
-        def multiply_unit(loaded: list, load_x: Any, totals: list) -> list:
-            """Add the products of a whole unit."""
+        x_of_unit = [(index, tile) for index in range(unit) for tile in range(token_tiles)]
+        first_x_of_unit = x_of_unit[: tuning.lookahead]
+
+        def multiply_unit(loaded: list, coming: list, load_x: Any, load_next: Any, totals: list) -> tuple:
+            """Add the products of a whole unit; start the next one's first loads of `x` if they are early."""
             words_of_row = [decoder.arrange(t, words, quarter) for words, _ in loaded]
             scales_of_row = [decoding.scale(raw) for _, raw in loaded if raw]
-            items = [(index, tile) for index in range(unit) for tile in range(token_tiles)]
-            coming = [load_x(*item) for item in items[: tuning.lookahead]]
-            waiting = iter(items[tuning.lookahead :])
+            coming = coming or [load_x(*item) for item in first_x_of_unit]
+            waiting = [functools.partial(load_x, *item) for item in x_of_unit[tuning.lookahead :]]
+            if tuning.early_x:
+                waiting += [functools.partial(load_next, *item) for item in first_x_of_unit]
 
             def next_x(tile: int) -> list:
-                following = next(waiting, None)
-                if following:
-                    coming.append(load_x(*following))
+                if waiting:
+                    coming.append(waiting.pop(0)())
                 return coming.pop(0)
 
             for index in range(unit):
                 words = [row[index] for row in words_of_row]
                 totals = multiply_piece(words, factors_of(scales_of_row, index), next_x, totals)
-            return totals
+            return coming, totals
 
         def multiply_tail(left: Any, totals: list) -> list:
             """Add the products of the pieces after the last whole unit, `left` of them."""
@@ -401,21 +407,25 @@ def matmul(decoder: FourBit | EightBit, *, tokens: int, shape: tuple[int, int], 
                     start_x(t.Word(ahead))
                 t.commit_copies()
         loaded = load_unit(t.Word(0))
+        early = [from_cache(t.Word(0))(*item) for item in first_x_of_unit] if tuning.early_x else []
         decoding = decoder.start(t, scales, tables, warps)
         words_pair = decoding.pair
         t.barrier()
         layout = [(len(words), len(raw)) for words, raw in loaded]
 
-        def flat(loaded: list) -> list:
-            return [getattr(v, "value", v) for words, raw in loaded for v in (*words, *raw)]
+        def flat(loaded: list, coming: list) -> list:
+            values = [v for words, raw in loaded for v in (*words, *raw)]
+            values += [word for words in coming for word in words]
+            return [getattr(v, "value", v) for v in values]
 
-        def unflat(values: list) -> list:
+        def unflat(values: list) -> tuple[list, list]:
             values, loaded = iter(values), []
             for count_of_words, count_of_raw in layout:
                 words = [t.Word(next(values)) for _ in range(count_of_words)]
                 raw = [next(values) for _ in range(count_of_raw)]
                 loaded.append((words, tuple(raw)))
-            return loaded
+            coming = [[t.Word(next(values)) for _ in words] for words in early]
+            return loaded, coming
 
         def one_step(step: Any, carry: list) -> list:
             if stages:
@@ -423,12 +433,15 @@ def matmul(decoder: FourBit | EightBit, *, tokens: int, shape: tuple[int, int], 
                 with t.when(step + (stages - 1) < units):
                     start_x(step + (stages - 1))
                 t.commit_copies()
-            following = load_unit((step + 1).min(full - 1))
+            following = (step + 1).min(full - 1)
+            next_loaded = load_unit(following)
+            loaded, coming = unflat(carry[:loads])
             load_x = from_stage(step) if stages else from_cache(step)
-            totals = multiply_unit(unflat(carry[:loads]), load_x, carry[loads:])
-            return [*flat(following), *totals]
+            load_next = from_cache(following) if tuning.early_x else None
+            coming, totals = multiply_unit(loaded, coming, load_x, load_next, carry[loads:])
+            return [*flat(next_loaded, coming), *totals]
 
-        first = flat(loaded)
+        first = flat(loaded, early)
         loads = len(first)
         zeros = [t.constant(0.0)] * (row_tiles * tile_totals)
         steps = t.select(works, full, t.Word(0))

@@ -23,12 +23,13 @@ class FewTokens:
 
     Attributes:
         tokens: the most that take this row.
-        row_tiles: times 16 rows in a group.
+        row_tiles: times 16 rows in a group, where the weight has the rows for all multiprocessors; else 1.
         warps: the most of a block.
         lookahead: loads of `x` under way.
         unit: blocks of 64 columns a load.
         stages: units of `x` in shared memory.
         cluster: the most blocks that share the columns of a band.
+        early_x: start loads of `x` a unit ahead.
     """
 
     tokens: int
@@ -38,18 +39,19 @@ class FewTokens:
     unit: int
     stages: int
     cluster: int
+    early_x: bool = False
 
 
 FEW_TOKENS = {
     "nf4": (
         FewTokens(tokens=4, row_tiles=2, warps=16, lookahead=1, unit=2, stages=0, cluster=1),
-        FewTokens(tokens=16, row_tiles=2, warps=12, lookahead=2, unit=2, stages=0, cluster=1),
+        FewTokens(tokens=16, row_tiles=2, warps=12, lookahead=2, unit=2, stages=0, cluster=1, early_x=True),
         FewTokens(tokens=32, row_tiles=1, warps=16, lookahead=1, unit=2, stages=2, cluster=1),
         FewTokens(tokens=64, row_tiles=1, warps=16, lookahead=1, unit=2, stages=2, cluster=1),
     ),
     "int8": (
         FewTokens(tokens=4, row_tiles=2, warps=16, lookahead=1, unit=2, stages=0, cluster=1),
-        FewTokens(tokens=16, row_tiles=2, warps=12, lookahead=2, unit=2, stages=0, cluster=1),
+        FewTokens(tokens=16, row_tiles=2, warps=12, lookahead=2, unit=2, stages=0, cluster=1, early_x=True),
         FewTokens(tokens=32, row_tiles=2, warps=12, lookahead=1, unit=2, stages=2, cluster=1),
         FewTokens(tokens=64, row_tiles=2, warps=12, lookahead=1, unit=2, stages=2, cluster=1),
     ),
@@ -120,7 +122,9 @@ def cut(row: FewTokens, tokens: int, shape: tuple[int, int]) -> Tuning:
     43 pass while these come from the L2 cache.
     """
     out_features, pieces = shape[0], shape[1] // COLUMNS
-    tiles = -(-out_features // (16 * row.row_tiles))
+    # A weight of few rows occupies more multiprocessors in tiles of 16 of them.
+    row_tiles = 1 if out_features <= 16 * MULTIPROCESSORS else row.row_tiles
+    tiles = -(-out_features // (16 * row_tiles))
     token_tiles = -(-tokens // 8)
     fits = []
     for cluster in CLUSTERED:
@@ -130,11 +134,11 @@ def cut(row: FewTokens, tokens: int, shape: tuple[int, int]) -> Tuning:
         unit = min(row.unit, pieces // cluster // 2 * 2)
         if cluster > row.cluster or unit < 2:
             break
-        own = groups * (35 * row.row_tiles + (8 if row.stages else 16) * token_tiles)
+        own = groups * (35 * row_tiles + (8 if row.stages else 16) * token_tiles)
         cycles = max(own + (16 * token_tiles if row.stages else 0), 43 * token_tiles)
         estimate = waves * cycles * pieces / cluster + (1500 if cluster > 1 else 0)
         splits = min(row.warps // groups, pieces // (unit * cluster), MOST_SPLITS)
-        tuning = Tuning(groups, splits, row.row_tiles, row.lookahead, unit, row.stages, cluster)
+        tuning = Tuning(groups, splits, row_tiles, row.lookahead, unit, row.stages, cluster, row.early_x)
         while tuning.splits > 1 and tuning.shared_words(tokens) > SHARED_WORDS - _TABLE_WORDS:
             tuning = dataclasses.replace(tuning, splits=tuning.splits - 1)
         fits.append((estimate, tuning))
