@@ -1,6 +1,11 @@
 """Shape and type annotations of the library are checked at every call that the tests make."""
 
+import os
+
 from jaxtyping import install_import_hook
+
+# A program is compiled as one piece: the tests' are tiny, and the other core has a worker of its own.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_parallel_codegen_split_count=1"
 
 # Before anything imports the packages, so that their functions are the checked ones.
 install_import_hook(["vlmlora", "vlmlora_kernels"], "beartype.beartype")

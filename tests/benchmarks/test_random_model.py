@@ -17,7 +17,14 @@ from vlmlora.quantization.weights import DenseWeight, INT8Weight, NF4Weight
 SMALL = {"layers": 4, "vision_layers": 2, "shrink": 4}
 
 
-@pytest.mark.parametrize(("quant", "kind"), [("nf4", NF4Weight), ("int8", INT8Weight), ("none", DenseWeight)])
+@pytest.mark.parametrize(
+    ("quant", "kind"),
+    [
+        ("nf4", NF4Weight),
+        pytest.param("int8", INT8Weight, marks=pytest.mark.slow),
+        pytest.param("none", DenseWeight, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(
     "name", ["qwen2_5_vl-7b", pytest.param("llama-3.2-11b-vision", marks=pytest.mark.slow)]
 )

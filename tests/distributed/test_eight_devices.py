@@ -22,7 +22,7 @@ NOTHING_SELECTED = 5
 
 def run(files: list[Path], marks: str) -> None:
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
     }
     for name in [name for name in environment if name.startswith("PYTEST_")]:

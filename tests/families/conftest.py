@@ -19,7 +19,12 @@ def pytest_generate_tests(metafunc):
         ]
         metafunc.parametrize("family_case", params, indirect=True, scope="module")
     elif "family" in metafunc.fixturenames:
-        metafunc.parametrize("family", families.values(), ids=families, indirect=True, scope="module")
+        file = metafunc.definition.path.stem
+        params = [
+            pytest.param(family, id=name, marks=pytest.mark.slow if file in family.slow else ())
+            for name, family in families.items()
+        ]
+        metafunc.parametrize("family", params, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")

@@ -94,7 +94,7 @@ class Description:
         pack: ``pack(inputs)`` puts the samples of a batch into one row, with ``segment_ids``; None where the
             family cannot.
         processor: None where the processor's own tests compare it.
-        slow: cases that only the slow tests run.
+        slow: cases that only the slow tests run, and files of tests that only they run for this family.
     """
 
     model_class: type[PreTrainedModel]

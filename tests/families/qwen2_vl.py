@@ -80,4 +80,5 @@ FAMILY = Description(
         conversations=conversations,
         atol=VIDEO_ATOL,
     ),
+    slow=("test_packing",),
 )

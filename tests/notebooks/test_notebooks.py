@@ -46,7 +46,7 @@ def execute(path, directory, *, parameters=None, report=()):
     ("parameters", "least"),
     [
         # A third of the steps, for time. They reach 87 %; the base model reads 34 %.
-        pytest.param({"STEPS": 40}, 0.75, id="short"),
+        pytest.param({"STEPS": 40}, 0.75, id="short", marks=pytest.mark.slow),
         pytest.param({}, 0.85, id="full", marks=pytest.mark.slow),
     ],
 )
