@@ -124,13 +124,18 @@ def test_adapters_given_away_are_missed_until_they_come_back(fresh, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, state.adapters, copied.adapters)
 
     missing = pytest.raises(RuntimeError, match=r"call model\.update\(state\.adapters\)")
-    for use in (model.split, model.merge_and_unload, lambda: model.save_pretrained(tmp_path / "a")):
+    for use in (
+        model.split,
+        model.merge_and_unload,
+        lambda: model.generate(batch),
+        lambda: model.set_adapter("default"),
+        lambda: FastVisionModel.get_peft_model(model, adapter_name="other"),
+        lambda: model.add_weighted_adapter(["default"], [1.0], "sum"),
+        lambda: model.save_pretrained(tmp_path / "adapter"),
+        lambda: model.save_pretrained_merged(tmp_path / "merged"),
+    ):
         with missing:
             use()
-    with missing:
-        model.generate(batch)
-    with missing:
-        model.save_pretrained_merged(tmp_path / "merged")
     assert not list(tmp_path.iterdir())
     model.update(state.adapters)
     model.save_pretrained(tmp_path / "adapter")

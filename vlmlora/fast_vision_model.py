@@ -287,9 +287,11 @@ class FastVisionModel:
             TypeError: unknown argument; the message names the nearest.
             ValueError: the arguments contradict each other or the model, or it has an adapter of this name.
             NotImplementedError: an argument that is not supported yet.
+            RuntimeError: the active adapter's parameters are gone, see `update`.
         """
         arguments = {k: v for k, v in locals().items() if k in LoraConfig.__dataclass_fields__}
         _reject_unknown(FastVisionModel.get_peft_model, unknown)
+        model._check_is_whole()
         policy_by_part(use_gradient_checkpointing)
         if model.full_finetuning:
             raise ValueError(
@@ -420,7 +422,9 @@ class FastVisionModel:
 
         Raises:
             ValueError: there is none of that name.
+            RuntimeError: the active one's parameters are gone, see `update`.
         """
+        self._check_is_whole()
         self._adapters.activate(adapter_name)
         _place_on_mesh(self.module)
 
@@ -464,7 +468,9 @@ class FastVisionModel:
         Raises:
             ValueError: a name does not exist or exists already, or the adapters cannot be combined so.
             NotImplementedError: another combination of PEFT.
+            RuntimeError: the active one's parameters are gone, see `update`.
         """
+        self._check_is_whole()
         if adapter_name in self.adapters:
             raise ValueError(f"the model already has an adapter {adapter_name!r}")
         new = weighted_adapter(

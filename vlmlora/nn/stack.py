@@ -217,10 +217,9 @@ def _body_and_steps(
             leaf if pool is None else MixedWeight.join(pool, leaf)
             for pool, leaf in zip(pools, layer_leaves, strict=True)
         ]
-        # Products read their part of a stack of weights where it lies; of the rest a step has its own arrays.
-        joined = [leaf if _is_weight(leaf) else _compute_slices(leaf) for leaf in joined]
+        joined, layer_inputs = _compute_slices((joined, layer_inputs))
         layer = nnx.merge(graphdef, jax.tree.unflatten(treedef, joined))
-        return call(layer, x, _compute_slices(layer_inputs), key=layer_key)
+        return call(layer, x, layer_inputs, key=layer_key)
 
     return body if remat is None else remat(body), (sliced, per_layer, keys)
 
@@ -230,9 +229,14 @@ def _compute_slices(slices: PyTree) -> PyTree:
 
     XLA gives its few streams in turn to all copies in a loop's body. There a slice that is awaited at once
     would stand behind a layer's input that is on its way to host memory, for which nothing else waits.
+    Weights stay as they are: products read their part of a stack where it lies.
     """
     true = jax.lax.optimization_barrier(jnp.bool_(True))  # XLA does not know that it is
-    return jax.tree.map(lambda leaf: jax.lax.select_n(true, jax.lax.full_like(leaf, 0), leaf), slices)
+
+    def compute(leaf: Any) -> Any:
+        return leaf if _is_weight(leaf) else jax.lax.select_n(true, jax.lax.full_like(leaf, 0), leaf)
+
+    return jax.tree.map(compute, slices, is_leaf=_is_weight)
 
 
 def _trained_by_step(

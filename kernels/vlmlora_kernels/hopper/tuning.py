@@ -23,7 +23,7 @@ class FewTokens:
 
     Attributes:
         tokens: the most that take this row.
-        row_tiles: times 16 rows in a group, where the weight has the rows for all multiprocessors; else 1.
+        row_tiles: times 16 rows in a group; 1 without `stages` where a weight has too few rows for the card.
         warps: the most of a block.
         lookahead: loads of `x` under way.
         unit: blocks of 64 columns a load.
@@ -122,8 +122,9 @@ def cut(row: FewTokens, tokens: int, shape: tuple[int, int]) -> Tuning:
     43 pass while these come from the L2 cache.
     """
     out_features, pieces = shape[0], shape[1] // COLUMNS
-    # A weight of few rows occupies more multiprocessors in tiles of 16 of them.
-    row_tiles = 1 if out_features <= 16 * MULTIPROCESSORS else row.row_tiles
+    # A weight of few rows occupies more multiprocessors in tiles of 16 of them. (Not measured with stages.)
+    has_few_rows = not row.stages and out_features <= 16 * MULTIPROCESSORS
+    row_tiles = 1 if has_few_rows else row.row_tiles
     tiles = -(-out_features // (16 * row_tiles))
     token_tiles = -(-tokens // 8)
     fits = []
