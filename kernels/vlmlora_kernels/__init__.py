@@ -1,6 +1,7 @@
 """Kernels for quantised weights: arrays in, arrays out, no model code."""
 
 from vlmlora_kernels.dispatch import Choice, explain
+from vlmlora_kernels.in_place import elementwise_in_place
 from vlmlora_kernels.int8 import dequantize_int8, matmul_int8, quantize_int8
 from vlmlora_kernels.nf4 import (
     CODE_BOOKS,
@@ -24,6 +25,7 @@ __all__ = [
     "dequantize_int8",
     "double_dequantize",
     "double_quantize",
+    "elementwise_in_place",
     "explain",
     "matmul_4bit",
     "matmul_int8",

@@ -2,11 +2,14 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from vlmlora_kernels.hopper.in_place import BLOCK, PRIMITIVES
 from vlmlora_kernels.hopper.tuning import FUSED_TOKENS, most_fused_tokens
 
 FUSED, DECODE, XLA = "fused", "decode", "xla"
@@ -121,6 +124,28 @@ def _obstacle_to_decode(shape, kind, dtype, blocksize) -> str | None:
     if math.prod(shape) % 8:
         return f"the kernel takes multiples of 8 elements, and W has {math.prod(shape)}"
     return _obstacle_of_size(shape, 2**32 // dtype.itemsize)
+
+
+def obstacle_to_in_place(arrays: Sequence[Any], primitives: frozenset[str]) -> str | None:
+    """Why no kernel computes an elementwise function in the place of its arguments here; None: one does.
+
+    Args:
+        arrays: the arguments' shapes and types.
+        primitives: of which the function is made.
+    """
+    first = arrays[0]
+    is_alike = all((each.shape, each.dtype) == (first.shape, first.dtype) for each in arrays)
+    if not is_alike or first.dtype not in (jnp.bfloat16, jnp.float16):
+        found = ", ".join(f"{each.dtype}{list(each.shape)}" for each in arrays)
+        return f"the kernel takes 16-bit arrays of one shape and type, and these are {found}"
+    if unknown := primitives - PRIMITIVES:
+        return f"the kernel knows no {', '.join(sorted(unknown))}"
+    size = math.prod(first.shape)
+    if size % BLOCK or not size:
+        return f"the kernel takes multiples of {BLOCK} elements, and these are {size}"
+    if any(each.manual_axis_type.varying for each in arrays):
+        return "Pallas does not write over arrays that differ among the devices of a mesh"
+    return _obstacle_on_device()
 
 
 def _obstacle_of_size(shape, limit: int) -> str | None:

@@ -16,6 +16,7 @@ from vlmlora_kernels import (
     NestedAbsmax,
     dequantize_4bit,
     dequantize_int8,
+    elementwise_in_place,
     explain,
     matmul_4bit,
     matmul_int8,
@@ -246,3 +247,27 @@ def test_every_tile_of_the_sweep_of_many_tokens(key, tokens, transposed):
         y = product(x, codes, *absmax)
         assert relative_error(y, expected) < 4e-3, row
         np.testing.assert_array_equal(y, product(x, codes, *absmax), err_msg=str(row))
+
+
+@pytest.mark.parametrize("activation", [jax.nn.silu, functools.partial(jax.nn.gelu, approximate=True)])
+@pytest.mark.parametrize("shape", [(4096, 18960), (8, 256)])
+def test_elementwise_over_its_arguments(key, shape, activation):
+    """The gradient of a gated activation, of the same arguments twice: one call may not write over them."""
+
+    def function(cotangent, gate, up):
+        value, pull_back = jax.vjp(lambda gate, up: activation(gate) * up, gate, up)
+        return value, *pull_back(cotangent)
+
+    @jax.jit
+    def twice(*arrays):
+        return elementwise_in_place(function, *arrays), elementwise_in_place(function, *reversed(arrays))
+
+    arrays = [3 * jax.random.normal(each, shape, jnp.bfloat16) for each in jax.random.split(key, 3)]
+    exact = jax.jit(lambda *arrays: function(*(array.astype(jnp.float32) for array in arrays)))
+    for found, given in zip(twice(*arrays), (arrays, arrays[::-1]), strict=True):
+        for value, reference in zip(found, exact(*given), strict=True):
+            # Half a unit in bfloat16's last place. Where 1 + tanh(x) nearly cancels, tanh's own error of some
+            # units in float32's last place counts, times the arguments.
+            value, reference = np.asarray(value, np.float32), np.asarray(reference)
+            atol = 2e-6 * np.abs(reference).max()
+            np.testing.assert_allclose(value, reference, rtol=2**-8 + 1e-5, atol=atol)

@@ -96,6 +96,41 @@ def test_room_is_left_and_used_between_two_products(kind):
     close(*gradients)
 
 
+@pytest.mark.parametrize("is_tight", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_function_before_the_product_is_part_of_it(kind, is_tight):
+    x, (gate, up), first = problem(12, [20, 20], [3, 3], kind)
+    _, (down,), second = problem(20, [7], [5], kind, seed=1)
+
+    def hidden(gate, up):
+        return jax.nn.silu(gate) * up
+
+    def together(x, first, second):
+        wide = low_rank_products(x, [gate, up], first, room=room_for(20, [3, 5]))
+        return low_rank_products(wide, [down], second, function=hidden, is_tight=is_tight)[0]
+
+    def one_after_another(x, first, second):
+        return apart(hidden(*apart(x, [gate, up], first)), [down], second)[0]
+
+    close(together(x, first, second), one_after_another(x, first, second))
+    gradients = [
+        jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), argnums=(0, 1, 2))(x, first, second)
+        for f in (together, one_after_another)
+    ]
+    close(*gradients)
+
+
+def test_what_a_function_gives_is_not_saved():
+    x, (down,), factors = problem(24, [7], [5], "dense")
+
+    def loss(x, f):
+        return jnp.sum(low_rank_products([x], [down], factors, function=f)[0])
+
+    saved = [leaf.shape for leaf in jax.tree.leaves(jax.vjp(lambda x: loss(x, jnp.sin), x)[1])]
+    assert saved.count(x.shape) == 1
+    assert (x.size // 24, 5) in saved or (*x.shape[:-1], 5) in saved
+
+
 def test_weights_get_no_gradient_and_factors_theirs_under_scan_and_checkpoint():
     x, weights, factors = problem(16, [16, 16, 16], [4, 4, 4], "nf4")
     stack = stack_weights(weights)

@@ -14,6 +14,9 @@ from vlmlora.lora.selection import select
 from vlmlora.models.init import init_parameters
 from vlmlora.models.module_table import module_table
 from vlmlora.models.registry import family_of
+from vlmlora.nn.low_rank import MLP_LOW_RANK
+from vlmlora.nn.mlp import MLP_UP
+from vlmlora.nn.saved import is_computed_again
 from vlmlora.nn.variables import Trainable
 from vlmlora.training import remat
 from vlmlora.training.loop import fit
@@ -115,7 +118,23 @@ def test_unsloth_checkpointing_on_a_cpu_is_plain_and_says_so_once(caplog):
         plain = [remat_policy("unsloth") for _ in range(2)]
     assert len(caplog.records) == 1
     assert "cpu has no host memory apart from its own" in caplog.text
-    assert all("policy" not in wrapper.keywords for wrapper in plain)
+    assert all(wrapper.keywords["kept"] == {MLP_LOW_RANK} for wrapper in plain)
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [(True, True), ("unsloth", True), ("mlp", False), ({"mlp_up": "offload"}, False), (lambda f: f, False)],
+)
+def test_layers_know_what_is_surely_computed_again(policy, expected):
+    found = []
+
+    def body(x):
+        found.append(is_computed_again(MLP_UP))
+        return x
+
+    jax.eval_shape(remat_policy(policy, offloads=True)(body), 1.0)
+    assert found == [expected]
+    assert not is_computed_again(MLP_UP)
 
 
 def test_what_is_saved_is_not_computed_twice(parts):
@@ -143,8 +162,8 @@ def test_with_all_names_saved_no_product_with_a_base_weight_is_computed_twice(pa
     all_but_one = [{k: v for k, v in everything.items() if k != name} for name in everything]
     assert products(everything) == products("attention+mlp") == products(False)
     for policy in all_but_one:
-        # What attention computes is no such product.
-        assert (products(policy) > products(False)) == ("attention_output" in policy)
+        # What attention computes is no such product, nor is that with A.
+        assert (products(policy) > products(False)) == ({"attention_output", "mlp_low_rank"} <= set(policy))
 
 
 def test_each_part_may_have_a_policy_of_its_own(parts, monkeypatch):
@@ -176,7 +195,8 @@ def test_each_part_may_have_a_policy_of_its_own(parts, monkeypatch):
 
 def test_a_policy_is_written_as_short_as_it_can_be():
     assert name_of_policy({"vision": {}, "language": True}) == "True"
-    assert name_of_policy({"qkv": "recompute", "layer_input": "offload"}) == "'unsloth'"
+    unsloth = {"qkv": "recompute", "layer_input": "offload", "mlp_low_rank": "save"}
+    assert name_of_policy(unsloth) == "'unsloth'"
     each = {"vision": "mlp", "language": {"mlp_up": "save", "layer_input": "save"}}
     assert name_of_policy(each) == "{'vision': 'mlp', 'language': {'mlp_up': 'save'}}"
 

@@ -1,5 +1,7 @@
 """Linear layer. It holds a weight that knows how to multiply, and perhaps an adapter."""
 
+from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -88,6 +90,31 @@ def apply_to_same(
         layer._add_bias(next(products)) if each else layer._apply(x, key)
         for layer, each in zip(layers, factors, strict=True)
     )
+
+
+def apply_after(
+    function: Callable[..., jax.Array],
+    xs: Sequence[Float[Array, "*batch in_and_room"]],
+    layer: Linear,
+    *,
+    key: PRNGKeyArray | None = None,
+    is_tight: bool = False,
+) -> Float[Array, "*batch out"]:
+    """``layer(function(*xs))``, whose backward pass reads `xs` once for all that it needs of the function.
+
+    Args:
+        function: elementwise, and of zeros zero.
+        xs: its arguments; columns beyond the layer's `in_features` are zero.
+        layer: what is applied to the result.
+        key: drives the adapter's dropout, and None switches it off.
+        is_tight: the backward pass holds `xs` for this alone, and had better take no memory beside them.
+    """
+    factors = _factors_in_one_product(layer, xs[0], key)
+    if factors is None:
+        return layer(function(*xs), key=key)
+    weights = [layer.weight.get_value()]
+    (y,) = low_rank_products(xs, weights, [factors], function=function, is_tight=is_tight)
+    return layer._add_bias(y)
 
 
 def _factors_in_one_product(layer: Linear, x: jax.Array, key: PRNGKeyArray | None) -> Factors | None:

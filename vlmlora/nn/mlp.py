@@ -7,8 +7,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from vlmlora.nn.linear import Linear, apply_to_same
-from vlmlora.nn.saved import name_for_policies
+from vlmlora.nn.linear import Linear, apply_after, apply_to_same
+from vlmlora.nn.saved import is_computed_again, name_for_policies
 
 MLP_UP = "mlp_up"
 """Name of what the first, wide projection of a feed-forward block computes, for checkpoint policies."""
@@ -99,4 +99,9 @@ class GatedMLP(nnx.Module):
         """Apply the block; `key` drives adapter dropout."""
         gate, up = apply_to_same(x, self.gate_proj, self.up_proj, key=key, before=self.down_proj)
         gate, up = name_for_policies(gate, MLP_GATE), name_for_policies(up, MLP_UP)
-        return self.down_proj(self.act(gate) * up, key=key)
+        is_tight = is_computed_again(MLP_GATE) and is_computed_again(MLP_UP)
+
+        def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+            return self.act(gate) * up
+
+        return apply_after(gated, [gate, up], self.down_proj, key=key, is_tight=is_tight)

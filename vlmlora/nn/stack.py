@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from vlmlora.nn.linear import Linear
-from vlmlora.nn.saved import name_for_policies
+from vlmlora.nn.saved import name_for_policies, saving
 from vlmlora.nn.trained import TRAINED
 from vlmlora.nn.variables import Trainable
 from vlmlora.quantization.weights import MixedWeight, Weight
@@ -327,7 +327,8 @@ def _rerunning_switch(
             return jax.vjp(functools.partial(branch, constants), operands)[1](cotangent)[0]
 
         pulls = [functools.partial(pull_back, branch) for branch in branches]
-        return None, None, jax.lax.switch(kind, pulls, constants, operands, cotangent)
+        with saving(frozenset()):
+            return None, None, jax.lax.switch(kind, pulls, constants, operands, cotangent)
 
     run.defvjp(forward, backward)
     return run(kind, constants, operands)

@@ -26,6 +26,7 @@ import vlmlora
 from vlmlora.compilation_cache import cache_directory
 from vlmlora.distributed import mesh_of
 from vlmlora.nn.attention import ATTENTION_OUTPUT, QKV
+from vlmlora.nn.low_rank import MLP_LOW_RANK
 from vlmlora.nn.mlp import MLP_GATE, MLP_UP
 from vlmlora.nn.stack import ATTENTION_RESIDUAL, LAYER_INPUT
 from vlmlora.quantization.sharded import batch_shards
@@ -47,7 +48,7 @@ ATTENTION_SETS = tuple(
 )
 """What may be saved of a layer's attention. A byte of its output spares the most work, in long rows by far;
 one of each projection spares as much as one of any other."""
-MLP_SETS = tuple(dict.fromkeys((MLP_UP, MLP_GATE)[:count], "save") for count in range(3))
+MLP_SETS = tuple(dict.fromkeys((MLP_LOW_RANK, MLP_UP, MLP_GATE)[:count], "save") for count in range(4))
 """What may be saved of a layer's feed-forward block."""
 ALL = ATTENTION_SETS[-1] | MLP_SETS[-1]
 """What leaves no product with a base weight to compute again."""
@@ -65,7 +66,7 @@ MARGIN = 0.02
 
 # A choice stays good until this much more memory is there than when it was made.
 _SAME = 0.05
-_FORMAT = 1
+_FORMAT = 2
 
 
 class StepTooLargeError(MemoryError):

@@ -32,6 +32,9 @@ from vlmlora.training.remat import POLICIES, remat_policy
 IMAGE_SIZE = (448, 448)
 """Height and width of the image that a plan counts with."""
 
+CHUNKS = 8
+"""Chunks of tokens in the shorter of the two rows that a plan compares."""
+
 _HOST = jax.memory.Space.Host
 
 
@@ -56,8 +59,9 @@ class Activations:
         fixed: whatever the batch: adapters cast to the type of the computation, for instance.
         per_1000_tokens: of text.
         per_image: of one image beyond the tokens that stand for it in the text.
-        recomputed_per_1000_tokens: what the largest layer saves while it is computed again; on the device,
-            for one layer at a time. Zero without checkpointing, which saves it for all layers.
+        recomputed_per_1000_tokens: what the largest layer saves while it is computed again, and the gradient
+            of the largest array of that; on the device, for one layer at a time. Zero without checkpointing,
+            which saves it for all layers.
     """
 
     fixed: Bytes
@@ -146,7 +150,8 @@ def saved_arrays(
 
     Returns:
         Shape, type and place of every array that is not an input itself, and the bytes of them
-        that a single layer leaves, where layers are scanned: of the largest.
+        that a single layer leaves, where layers are scanned, with the gradient of the largest array: of the
+        layer with the most.
     """
 
     def forward(adapters, frozen, batch):
@@ -163,7 +168,7 @@ class GradientCost:
 
     Attributes:
         saved: bytes that the forward pass leaves for the backward pass.
-        layers: bytes of them that one step leaves, for every scan.
+        layers: bytes of them that one step leaves, with the gradient of the largest, for every scan.
         flops: of all products, those that are computed again included.
         largest_product: elements of the largest result of one.
     """
@@ -202,7 +207,8 @@ def gradient_cost(
 
 
 def _saved_of(jaxpr: Any, outvars: Sequence[Any]) -> tuple[list[jax.core.ShapedArray], list[int]]:
-    """Those of `outvars` that are no inputs, and the bytes of them that a step of every scan leaves."""
+    """Those of `outvars` that are no inputs, and the bytes that a step of every scan leaves of them, with the
+    gradient of the largest."""
     inputs = set(jaxpr.invars)
     outputs = dict.fromkeys(v for v in outvars if isinstance(v, jax.extend.core.Var))
     layers = []
@@ -216,7 +222,9 @@ def _saved_of(jaxpr: Any, outvars: Sequence[Any]) -> tuple[list[jax.core.ShapedA
                 for outer, of_step in zip(equation.outvars, inner, strict=True)
                 if outer in outputs and outer.aval.ndim > of_step.aval.ndim
             ]
-            layers.append(sum(_bytes_of(v.aval) for v in stacked) // equation.params["length"])
+            sizes = [_bytes_of(v.aval) for v in stacked]
+            # The gradient of the largest is as large, and lies beside it.
+            layers.append((sum(sizes) + max(sizes, default=0)) // equation.params["length"])
     return [v.aval for v in outputs if v not in inputs], layers
 
 
@@ -289,9 +297,10 @@ def _activations_of(
         host = sum(_bytes_of(array) for array in arrays if array.memory_space == _HOST)
         return np.array([sum(map(_bytes_of, arrays)) - host, host, layer])
 
-    text = [saved(chunks, 0) for chunks in (1, 2)]
-    per_chunk = text[1] - text[0]
-    fixed, image = text[0] - per_chunk, saved(1, 1) - text[0]
+    # Enough tokens for low-rank products to be part of those with weights, which save less then.
+    text = [saved(chunks, 0) for chunks in (CHUNKS, 2 * CHUNKS)]
+    per_chunk = (text[1] - text[0]) / CHUNKS
+    fixed, image = text[0] - CHUNKS * per_chunk, saved(CHUNKS, 1) - text[0]
     fixed, per_1000, image = (
         np.round(each).astype(int).tolist() for each in (fixed, per_chunk * 1000 / CHUNK_SIZE, image)
     )

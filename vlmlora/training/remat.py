@@ -12,12 +12,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from vlmlora.nn.attention import ATTENTION_OUTPUT, FUSED_ATTENTION, QKV
+from vlmlora.nn.low_rank import MLP_LOW_RANK
 from vlmlora.nn.mlp import MLP_GATE, MLP_UP
+from vlmlora.nn.saved import saving
 from vlmlora.nn.stack import ATTENTION_RESIDUAL, LAYER_INPUT, Remat, TowerRemats
 
 logger = logging.getLogger(__name__)
 
-NAMES = (LAYER_INPUT, QKV, ATTENTION_OUTPUT, ATTENTION_RESIDUAL, MLP_GATE, MLP_UP)
+NAMES = (LAYER_INPUT, QKV, ATTENTION_OUTPUT, ATTENTION_RESIDUAL, MLP_GATE, MLP_UP, MLP_LOW_RANK)
 """What a dict of policies may name, in the order in which a layer computes it."""
 PLACES = ("save", "offload", "recompute")
 """Where a named value waits for the backward pass: device memory, pinned host memory, or nowhere."""
@@ -25,10 +27,10 @@ PARTS = tuple(field.name for field in fields(TowerRemats))
 """The parts of a model that may have a policy each, as in the module table."""
 
 _ATTENTION = {QKV: "save", ATTENTION_OUTPUT: "save", ATTENTION_RESIDUAL: "save"}
-_MLP = {MLP_GATE: "save", MLP_UP: "save"}
+_MLP = {MLP_GATE: "save", MLP_UP: "save", MLP_LOW_RANK: "save"}
 
 NAMED_POLICIES: dict[str, dict[str, str]] = {
-    "unsloth": {LAYER_INPUT: "offload"},
+    "unsloth": {LAYER_INPUT: "offload", MLP_LOW_RANK: "save"},
     "attention": _ATTENTION,
     "mlp": _MLP,
     "attention+mlp": _ATTENTION | _MLP,
@@ -118,7 +120,7 @@ def remat_policy(policy: GradientCheckpointing, *, offloads: bool | None = None)
     if callable(policy):
         return policy
     if policy is True:
-        return functools.partial(jax.checkpoint, prevent_cse=False)
+        return functools.partial(_checkpoint, kept=frozenset())
     places = _places(policy)
     saved = [name for name, place in places.items() if place == "save"]
     offloaded = [name for name, place in places.items() if place == "offload"]
@@ -127,7 +129,21 @@ def remat_policy(policy: GradientCheckpointing, *, offloads: bool | None = None)
     kept = [name for name in saved if name != LAYER_INPUT]
     if not kept and not offloaded:
         return remat_policy(True)
-    return functools.partial(jax.checkpoint, prevent_cse=False, policy=_keep(kept, offloaded))
+    keep = _keep(kept, offloaded)
+    return functools.partial(_checkpoint, kept=frozenset((*kept, *offloaded)), policy=keep)
+
+
+def _checkpoint(
+    body: Callable, *, kept: frozenset[str], policy: Callable[..., Any] | None = None
+) -> Callable:
+    """`jax.checkpoint` of a body, which learns what is kept of it."""
+
+    @functools.wraps(body)
+    def knowing(*args: Any) -> Any:
+        with saving(kept):
+            return body(*args)
+
+    return jax.checkpoint(knowing, prevent_cse=False, policy=policy)
 
 
 def tower_remats(policy: GradientCheckpointing, *, offloads: bool | None = None) -> TowerRemats:
