@@ -100,16 +100,18 @@ def remat_policy(policy: GradientCheckpointing, *, offloads: bool | None = None)
       projection is not computed twice.
     - ``mlp_gate``, ``mlp_up``: what the wide projections of the feed-forward block give, the largest of all;
       a block without a gate has ``mlp_up`` alone.
+    - ``mlp_low_rank``: of a gated block's last projection the adapter's product with A, [tokens, r], where
+      that is part of the projection's own product. It is small, and to compute it reads the widest array.
 
     On a backend that has no host memory apart from its own, what should be offloaded is saved, which a
     warning says once.
 
     Args:
         policy: False saves every intermediate result. True saves a layer's input alone and computes the rest
-            again in the backward pass. ``"unsloth"`` does the same and keeps the layer inputs in pinned host
-            memory. ``"attention"`` and ``"mlp"`` save all that is named in their half of the layer, and
-            ``"attention+mlp"`` in both, which leaves no product with a base weight to compute again. Or a
-            dict. A function is returned as it is.
+            again in the backward pass. ``"unsloth"`` does the same, but keeps the layer inputs in pinned host
+            memory and saves ``mlp_low_rank``. ``"attention"`` and ``"mlp"`` save all that is named in their
+            half of the layer, and ``"attention+mlp"`` in both, which leaves no product with a base weight to
+            compute again. Or a dict. A function is returned as it is.
         offloads: whether there is host memory apart from the device's; None asks the default device.
 
     Raises:
