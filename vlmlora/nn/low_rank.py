@@ -6,9 +6,10 @@ are put beside it there, and a single product does both, forward and backward:
 
     forward    y  = [x, x A.T] [W, B].T          backward    dx = [dy, dy B] [W; A]
 
-Layers that read the same x share the left-hand side, so that their A products are one. For ``x A.T`` to find
-its place, x is written with room to the right. Where that costs a pass over x, as between the products of a
-feed-forward block, the product before can leave the room: columns of zeros.
+Layers that read the same x share the left-hand side, so that their A products are one; unless their results
+are wide, their dy stand side by side too, above each other's W and A. For ``x A.T`` to find its place, x is
+written with room to the right. Where that costs a pass over x, as between the products of a feed-forward
+block, the product before can leave the room: columns of zeros.
 
 On a mesh every device does so with its rows of x and the whole weight, gathered.
 """
