@@ -226,7 +226,7 @@ def test_memory_and_work_of_policies_are_ordered_as_they_are(parts, programs):
     assert costs == sorted(costs, key=lambda cost: -cost.work)
     # Costs add up: what two towers and two halves of a layer save together has no trace of its own.
     candidates = {str(each.policy): each for each in planner.candidates()}
-    together = {"attention_output": "save", "mlp_up": "save"}
+    together = {"attention_output": "save", "mlp_low_rank": "save", "mlp_up": "save"}
     added = candidates[str({"vision": together, "language": together})]
     traced = planner.cost({"vision": together, "language": together})
     assert (added.memory, added.work) == (traced.memory, traced.work)
