@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 
 from vlmlora_kernels.dispatch import obstacle_to_in_place
 from vlmlora_kernels.hopper import in_place as hopper
@@ -38,7 +39,8 @@ def elementwise_in_place(
     kernel = one_by_one(lambda *arrays: hopper.in_place(function, *arrays))
 
     def in_xla(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(function(*arrays))
+        results = function(*(array.astype(jnp.float32) for array in arrays))
+        return tuple(y.astype(x.dtype) for x, y in zip(arrays, results, strict=True))
 
     return on_cuda(kernel, in_xla, *arrays)
 

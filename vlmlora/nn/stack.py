@@ -327,7 +327,7 @@ def _rerunning_switch(
             return jax.vjp(functools.partial(branch, constants), operands)[1](cotangent)[0]
 
         pulls = [functools.partial(pull_back, branch) for branch in branches]
-        with saving(frozenset()):
+        with saving(frozenset()):  # The branch runs again, whatever the policy would keep of it.
             return None, None, jax.lax.switch(kind, pulls, constants, operands, cotangent)
 
     run.defvjp(forward, backward)
