@@ -118,7 +118,7 @@ def test_unsloth_checkpointing_on_a_cpu_is_plain_and_says_so_once(caplog):
         plain = [remat_policy("unsloth") for _ in range(2)]
     assert len(caplog.records) == 1
     assert "cpu has no host memory apart from its own" in caplog.text
-    assert all(wrapper.keywords["kept"] == {MLP_LOW_RANK} for wrapper in plain)
+    assert all(each.kept == {MLP_LOW_RANK} and not each.in_place for each in plain)
 
 
 @pytest.mark.parametrize(

@@ -1,33 +1,91 @@
 """Values that checkpoint policies know by name."""
 
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
 _SAVED: ContextVar[Set[str] | None] = ContextVar("saved", default=None)
+_IN_PLACE: ContextVar[Set[str]] = ContextVar("in_place", default=frozenset())
+_STACKS_ARE_CARRIED: ContextVar[bool] = ContextVar("stacks_are_carried", default=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """`jax.checkpoint` of a layer's body, which learns what is kept of it.
+
+    Attributes:
+        kept: names of the values that the backward pass finds.
+        policy: for `jax.checkpoint`; None keeps the body's arguments alone.
+        in_place: those of `kept` that a scan computes in the stack in which they are kept, and reads there,
+            see `vlmlora.nn.scan_in_place`. Where there are any, nothing is kept in host memory.
+    """
+
+    kept: frozenset[str] = frozenset()
+    policy: Callable[..., Any] | None = None
+    in_place: frozenset[str] = frozenset()
+
+    def __call__(self, body: Callable) -> Callable:
+        """The body, checkpointed, for `jax.lax.scan`."""
+        return self._checkpoint(body, frozenset())
+
+    def for_scan_in_place(self, body: Callable) -> Callable:
+        """The body, checkpointed, for `vlmlora.nn.scan_in_place.scan_in_place`."""
+        return self._checkpoint(body, self.in_place)
+
+    def _checkpoint(self, body: Callable, in_place: frozenset[str]) -> Callable:
+        @wraps(body)
+        def knowing(*args: Any) -> Any:
+            with saving(self.kept, in_place):
+                return body(*args)
+
+        return jax.checkpoint(knowing, prevent_cse=False, policy=self.policy)
 
 
 def name_for_policies(x: jax.Array, name: str) -> jax.Array:
     """The same array under a name by which policies of `jax.checkpoint` know it."""
     # Without the barrier XLA runs a product that is used and saved twice: for its use, and again with the
-    # stack of saved values as the place of its result.
-    return checkpoint_name(jax.lax.optimization_barrier(x), name)
+    # stack of saved values as the place of its result. What is read there once it is saved is used once.
+    return checkpoint_name(x if name in _IN_PLACE.get() else jax.lax.optimization_barrier(x), name)
 
 
 @contextmanager
-def saving(names: Set[str]) -> Iterator[None]:
-    """While the body traces, these names alone are known to be kept for the backward pass."""
-    token = _SAVED.set(names)
+def saving(names: Set[str], in_place: Set[str] = frozenset()) -> Iterator[None]:
+    """While the body traces, these names alone are known to be kept for the backward pass.
+
+    Args:
+        names: of what is kept.
+        in_place: those of them that a scan computes where they are kept.
+    """
+    tokens = _SAVED.set(names), _IN_PLACE.set(in_place)
     try:
         yield
     finally:
-        _SAVED.reset(token)
+        _SAVED.reset(tokens[0])
+        _IN_PLACE.reset(tokens[1])
 
 
 def is_computed_again(name: str) -> bool:
     """Whether the backward pass of what is traced surely computes a value of this name anew."""
     names = _SAVED.get()
     return names is not None and name not in names
+
+
+@contextmanager
+def stacks_as_outputs() -> Iterator[None]:
+    """What is traced here leaves saved values as outputs of `jax.lax.scan`, where they can be counted."""
+    token = _STACKS_ARE_CARRIED.set(False)
+    try:
+        yield
+    finally:
+        _STACKS_ARE_CARRIED.reset(token)
+
+
+def stacks_are_carried() -> bool:
+    """Whether scans may compute saved values in place: not within `stacks_as_outputs`."""
+    return _STACKS_ARE_CARRIED.get()

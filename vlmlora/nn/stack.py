@@ -14,9 +14,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from vlmlora.nn.linear import Linear
-from vlmlora.nn.saved import name_for_policies, saving
+from vlmlora.nn.saved import Checkpoint, name_for_policies, saving, stacks_are_carried
+from vlmlora.nn.scan_in_place import scan_in_place
 from vlmlora.nn.trained import TRAINED
 from vlmlora.nn.variables import Trainable
+from vlmlora.quantization.sharded import ShardedWeight
 from vlmlora.quantization.weights import MixedWeight, Weight
 
 LAYER_INPUT = "layer_input"
@@ -91,13 +93,17 @@ def scan_layers(
         call: applies one layer; returns the next layer's input and an output of its own, or None.
         per_layer: arrays with a leading layer axis that `call` receives slices of.
         key: split into one key a layer for dropout; None for none.
-        remat: wraps the body of the scan; the layer's input is named `LAYER_INPUT` inside of it.
+        remat: wraps the body of the scan; the layer's input is named `LAYER_INPUT` inside of it. Where a
+            `Checkpoint` keeps values that can be computed in place, the scan is `scan_in_place`, which has no
+            forward derivative.
 
     Returns:
         The last layer's output, and the layers' own outputs stacked.
     """
-    body, steps = _body_and_steps(layers, call, per_layer, key, remat)
-    return jax.lax.scan(body, x, steps)
+    body, steps = _body_and_steps(layers, call, per_layer, key)
+    if isinstance(remat, Checkpoint) and remat.in_place and stacks_are_carried() and not _is_sharded(steps):
+        return scan_in_place(remat.for_scan_in_place(body), x, steps, in_place=remat.in_place)
+    return jax.lax.scan(body if remat is None else remat(body), x, steps)
 
 
 def scan_layers_and_keep(
@@ -118,7 +124,8 @@ def scan_layers_and_keep(
     Returns:
         The last layer's output, and those of `keep`, stacked in its order.
     """
-    body, steps = _body_and_steps(layers, call, None, key, remat)
+    body, steps = _body_and_steps(layers, call, None, key)
+    body = body if remat is None else remat(body)
     keep = [range(layers.stack)[layer] for layer in keep]
     wanted = sorted(set(keep))
     # A layer's place is that of the next wanted one, which overwrites it; after the last there is one more.
@@ -201,7 +208,6 @@ def _body_and_steps(
     call: Callable[..., tuple[jax.Array, PyTree]],
     per_layer: PyTree,
     key: PRNGKeyArray | None,
-    remat: Remat | None,
 ) -> tuple[Callable, PyTree]:
     """What `jax.lax.scan` runs for each layer, and the arrays that it slices."""
     graphdef, state = nnx.split(_expand_adapters(layers))
@@ -221,7 +227,7 @@ def _body_and_steps(
         layer = nnx.merge(graphdef, jax.tree.unflatten(treedef, joined))
         return call(layer, x, layer_inputs, key=layer_key)
 
-    return body if remat is None else remat(body), (sliced, per_layer, keys)
+    return body, (sliced, per_layer, keys)
 
 
 def _compute_slices(slices: PyTree) -> PyTree:
@@ -332,6 +338,12 @@ def _rerunning_switch(
 
     run.defvjp(forward, backward)
     return run(kind, constants, operands)
+
+
+def _is_sharded(steps: PyTree) -> bool:
+    """Whether the layers lie on a mesh, whose compiler has a say in where stacks are."""
+    weights = jax.tree.leaves(steps, is_leaf=_is_weight)
+    return any(isinstance(leaf, ShardedWeight) for leaf in weights)
 
 
 def _is_weight(leaf: Any) -> bool:

@@ -22,6 +22,7 @@ from vlmlora.models.load_plan import QUANTIZED_PARTS
 from vlmlora.models.module_table import linear_modules, module_table
 from vlmlora.models.registry import family_of
 from vlmlora.nn.attention import FUSED_ATTENTION, traced_as_fused
+from vlmlora.nn.saved import stacks_as_outputs
 from vlmlora.nn.stack import Remat
 from vlmlora.nn.variables import Trainable
 from vlmlora.quantization.weights import INT8Weight, NF4Weight
@@ -157,7 +158,8 @@ def saved_arrays(
     def forward(adapters, frozen, batch):
         return jax.vjp(lambda adapters: loss_fn(adapters, frozen, batch), adapters)
 
-    jaxpr = jax.make_jaxpr(forward)(adapters, frozen, batch).jaxpr
+    with stacks_as_outputs():
+        jaxpr = jax.make_jaxpr(forward)(adapters, frozen, batch).jaxpr
     saved, layers = _saved_of(jaxpr, jaxpr.outvars)
     return saved, max(layers, default=0)
 
@@ -199,7 +201,8 @@ def gradient_cost(
         return pull, pull(jnp.ones_like(loss))
 
     trace = jax.make_jaxpr(forward_and_backward, return_shape=True)
-    closed, (pull, _) = trace(adapters, frozen, batch, key)
+    with stacks_as_outputs():
+        closed, (pull, _) = trace(adapters, frozen, batch, key)
     saved, layers = _saved_of(closed.jaxpr, closed.jaxpr.outvars[: len(jax.tree.leaves(pull))])
     host = sum(_bytes_of(array) for array in saved if array.memory_space == _HOST)
     flops, largest = _products(closed.jaxpr)

@@ -14,13 +14,16 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from vlmlora.nn.attention import ATTENTION_OUTPUT, FUSED_ATTENTION, QKV
 from vlmlora.nn.low_rank import MLP_LOW_RANK
 from vlmlora.nn.mlp import MLP_GATE, MLP_UP
-from vlmlora.nn.saved import saving
+from vlmlora.nn.saved import Checkpoint
 from vlmlora.nn.stack import ATTENTION_RESIDUAL, LAYER_INPUT, Remat, TowerRemats
 
 logger = logging.getLogger(__name__)
 
 NAMES = (LAYER_INPUT, QKV, ATTENTION_OUTPUT, ATTENTION_RESIDUAL, MLP_GATE, MLP_UP, MLP_LOW_RANK)
 """What a dict of policies may name, in the order in which a layer computes it."""
+IN_PLACE = frozenset((ATTENTION_RESIDUAL, MLP_GATE, MLP_UP))
+"""What elementwise work reads, which finds it in a stack of saved values as well as anywhere. A fused
+attention kernel would have its arguments copied from there."""
 PLACES = ("save", "offload", "recompute")
 """Where a named value waits for the backward pass: device memory, pinned host memory, or nowhere."""
 PARTS = tuple(field.name for field in fields(TowerRemats))
@@ -122,7 +125,7 @@ def remat_policy(policy: GradientCheckpointing, *, offloads: bool | None = None)
     if callable(policy):
         return policy
     if policy is True:
-        return functools.partial(_checkpoint, kept=frozenset())
+        return Checkpoint()
     places = _places(policy)
     saved = [name for name, place in places.items() if place == "save"]
     offloaded = [name for name, place in places.items() if place == "offload"]
@@ -131,21 +134,8 @@ def remat_policy(policy: GradientCheckpointing, *, offloads: bool | None = None)
     kept = [name for name in saved if name != LAYER_INPUT]
     if not kept and not offloaded:
         return remat_policy(True)
-    keep = _keep(kept, offloaded)
-    return functools.partial(_checkpoint, kept=frozenset((*kept, *offloaded)), policy=keep)
-
-
-def _checkpoint(
-    body: Callable, *, kept: frozenset[str], policy: Callable[..., Any] | None = None
-) -> Callable:
-    """`jax.checkpoint` of a body, which learns what is kept of it."""
-
-    @functools.wraps(body)
-    def knowing(*args: Any) -> Any:
-        with saving(kept):
-            return body(*args)
-
-    return jax.checkpoint(knowing, prevent_cse=False, policy=policy)
+    in_place = frozenset() if offloaded else IN_PLACE.intersection(kept)
+    return Checkpoint(frozenset((*kept, *offloaded)), _keep(kept, offloaded), in_place)
 
 
 def tower_remats(policy: GradientCheckpointing, *, offloads: bool | None = None) -> TowerRemats:
@@ -186,6 +176,17 @@ def policy_by_part(policy: GradientCheckpointing) -> dict[str, GradientCheckpoin
 def has_auto(policy: GradientCheckpointing) -> bool:
     """Whether a part of the policy is still to be chosen."""
     return any(isinstance(each, str) and each == AUTO for each in policy_by_part(policy).values())
+
+
+def offloads(policy: GradientCheckpointing) -> bool:
+    """Whether a part of the policy keeps values in host memory, as far as it says; ``"auto"`` may."""
+
+    def may(each: GradientCheckpointing) -> bool:
+        if isinstance(each, bool):
+            return False
+        return callable(each) or each == AUTO or "offload" in _places(each).values()
+
+    return any(map(may, policy_by_part(policy).values()))
 
 
 def name_of_policy(policy: GradientCheckpointing) -> str:

@@ -1,0 +1,127 @@
+"""The scan that computes saved values where they are kept, against `jax.lax.scan`."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.ad_checkpoint import checkpoint_name
+
+from tests.jaxprs import equations
+from vlmlora.nn.scan_in_place import scan_in_place
+
+STEPS, ROWS, WIDTH = 5, 3, 8
+SAVED = ("wide", "copied")
+
+
+def make(seed=0):
+    """Parameters of every step, what no gradient flows to, x, and a factor that all steps share."""
+    rng = np.random.default_rng(seed)
+    shapes = {"w": (STEPS, WIDTH, WIDTH), "v": (STEPS, WIDTH, WIDTH), "b": (STEPS, WIDTH)}
+    trained = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    frozen = {
+        "m": jnp.asarray(rng.normal(size=(STEPS, WIDTH)), jnp.float32),
+        "shift": jnp.asarray(rng.integers(0, WIDTH, STEPS), jnp.int32),
+        "key": jax.random.split(jax.random.key(seed), STEPS),
+    }
+    x, shared = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((ROWS, WIDTH), (WIDTH,)))
+    return trained, frozen, x, shared
+
+
+def make_loss(scan, remat, frozen, *, uses=("x", "y")):
+    """A loss of the last x, of what the steps put out, or of both."""
+    mask = jnp.arange(WIDTH) % 2
+
+    def loss(trained, x, shared):
+        def body(x, step):
+            parameters, fixed = step
+            wide = checkpoint_name(x @ parameters["w"] / WIDTH + parameters["b"], "wide")
+            kept = jax.random.bernoulli(fixed["key"], 0.8, wide.shape)
+            turned = jnp.where(kept, jnp.roll(jnp.sin(wide) * fixed["m"], fixed["shift"], axis=-1), 0)
+            copied = checkpoint_name(turned @ parameters["v"], "copied") * shared
+            x = x + jnp.tanh(copied) * wide + mask
+            return x, {"sum": copied.sum(), "count": (copied > 0).sum(), "none": None}
+
+        x, y = scan(remat(body), x, (trained, frozen))
+        parts = {"x": lambda: jnp.sum(x * jnp.cos(x)), "y": lambda: y["sum"] @ jnp.arange(1.0, 1 + STEPS)}
+        return sum(parts[name]() for name in uses), y
+
+    return loss
+
+
+def keeping(*names):
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    return functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)
+
+
+@pytest.mark.parametrize("uses", [("x", "y"), ("x",), ("y",)], ids=" ".join)
+@pytest.mark.parametrize("in_place", [(), ("wide",), SAVED], ids=str)
+def test_value_outputs_and_gradients_are_those_of_a_scan(in_place, uses):
+    trained, frozen, x, shared = make()
+    scan = functools.partial(scan_in_place, in_place=frozenset(in_place))
+    for argnums in ((0, 1, 2), (0,), (1,), (2,)):
+        found, expected = (
+            jax.jit(jax.value_and_grad(loss, argnums=argnums, has_aux=True))(trained, x, shared)
+            for loss in (
+                make_loss(scan, keeping(*SAVED), frozen, uses=uses),
+                make_loss(jax.lax.scan, lambda body: body, frozen, uses=uses),
+            )
+        )
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        assert all(np.any(leaf) for leaf in jax.tree.leaves(expected[1]))
+        # The same float32 sums, which XLA may take in another order.
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+
+
+def test_without_a_gradient_it_is_a_scan():
+    trained, frozen, x, shared = make()
+    scan = functools.partial(scan_in_place, in_place=frozenset(SAVED))
+    found, _ = make_loss(scan, keeping(*SAVED), frozen)(trained, x, shared)
+    expected, _ = make_loss(jax.lax.scan, lambda body: body, frozen)(trained, x, shared)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_it_can_be_mapped_and_run_within_another_scan():
+    """As over micro-batches, whose gradients are added up."""
+    trained, frozen, x, shared = make()
+    scans = (functools.partial(scan_in_place, in_place=frozenset(SAVED)), keeping(*SAVED))
+    losses = [make_loss(*each, frozen) for each in (scans, (jax.lax.scan, lambda body: body))]
+    xs = jnp.stack([x, 2 * x, -x])
+
+    def summed(loss):
+        def add(total, x):
+            gradients = jax.grad(loss, argnums=(0, 2), has_aux=True)(trained, x, shared)[0]
+            return jax.tree.map(jnp.add, total, gradients), None
+
+        return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, (trained, shared)), xs)[0]
+
+    def mapped(loss):
+        return jax.vmap(jax.grad(lambda x: loss(trained, x, shared)[0]))(xs)
+
+    for way in (summed, mapped):
+        found, expected = (jax.jit(functools.partial(way, loss))() for loss in losses)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), found, expected)
+
+
+def test_saved_values_are_written_once_into_memory_that_was_not_filled():
+    """Of what is saved only the stacks themselves are as large as a stack; no product runs again."""
+    trained, frozen, x, shared = make()
+    scan = functools.partial(scan_in_place, in_place=frozenset(SAVED))
+    loss = make_loss(scan, keeping(*SAVED), frozen)
+    jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(trained, x, shared)
+    of_stacks = [
+        equation.primitive.name
+        for equation in equations(jaxpr)
+        for out in equation.outvars
+        if out.aval.shape in {(STEPS, ROWS, WIDTH), (STEPS + 1, ROWS, WIDTH)}
+    ]
+    loops = of_stacks.count("while")
+    assert loops == 1 + len(SAVED)
+    assert of_stacks.count("empty") == of_stacks.count("optimization_barrier") + 1 == 1 + len(SAVED)
+    # What enters the first step, and within the loop one for each stack.
+    assert of_stacks.count("dynamic_update_slice") == 1 + loops
+    assert set(of_stacks) == {"while", "empty", "optimization_barrier", "dynamic_update_slice"}
+    # Two forward, and of each two backward.
+    dots = [equation for equation in equations(jaxpr) if equation.primitive.name == "dot_general"]
+    assert sum(equation.outvars[0].aval.ndim == 2 for equation in dots) == 2 + 4
