@@ -21,10 +21,16 @@ from vlmlora.models.init import init_parameters
 from vlmlora.models.module_table import linear_modules, module_table
 from vlmlora.models.registry import family_of
 from vlmlora.nn.attention import _warn_of_mask, attention
+from vlmlora.nn.linear import Linear
+from vlmlora.nn.mlp import MLP_UP
+from vlmlora.nn.saved import name_for_policies
 from vlmlora.nn.segments import Segments, segment_offsets
+from vlmlora.nn.stack import scan_layers
 from vlmlora.nn.variables import Trainable
 from vlmlora.quantization.weights import INT8Weight, NF4Weight
 from vlmlora.training.loss import make_loss_fn
+from vlmlora.training.remat import remat_policy
+from vlmlora.training.step import _compiler_options
 
 pytestmark = pytest.mark.gpu
 
@@ -228,3 +234,43 @@ def test_greedy_tokens_are_those_of_the_cpu(gpu, cpu):
                 )
             )
     np.testing.assert_array_equal(*tokens)
+
+
+def test_products_write_to_the_stacks_of_saved_values(gpu):
+    """No copy fills the stack, and gradients are those of a plain scan."""
+    layers, rows, tokens, hidden, intermediate = 5, 2, 512, 256, 1536
+    module = WideLayers(layers, hidden, intermediate)
+    init_parameters(module, jax.random.key(0), std=0.05)
+    graphdef, weights = nnx.split(module)
+    x = jax.random.normal(jax.random.key(1), (rows, tokens, hidden), jnp.bfloat16)
+
+    def gradient_with(policy):
+        def loss(weights, x):
+            x, _ = scan_layers(nnx.merge(graphdef, weights), x, WideLayers.call, remat=remat_policy(policy))
+            return jnp.sum(jnp.sin(x.astype(jnp.float32)))
+
+        jitted = jax.jit(jax.grad(loss, argnums=1), compiler_options=_compiler_options(None, None))
+        return jitted.lower(weights, x).compile()
+
+    compiled = gradient_with("mlp")
+    result = f"= (bf16[{layers},{rows},{tokens},{intermediate}]"
+    assert (
+        sum("dynamic-slice-fusion" in line for line in compiled.as_text().split("\n") if result in line) == 1
+    )
+    found, expected = (np.asarray(each(weights, x), np.float32) for each in (compiled, gradient_with(True)))
+    # Products and sums of bfloat16 in another order.
+    assert np.abs(found - expected).max() < 0.03 * np.abs(expected).max()
+
+
+class WideLayers(nnx.Module):
+    """Two products each and a residual stream."""
+
+    def __init__(self, layers: int, hidden: int, intermediate: int):
+        self.stack = layers
+        self.up = Linear(hidden, intermediate, bias=False, dtype=jnp.bfloat16, stack=layers)
+        self.down = Linear(intermediate, hidden, bias=False, dtype=jnp.bfloat16, stack=layers)
+
+    @staticmethod
+    def call(layer, x, _, *, key):
+        """One layer."""
+        return x + layer.down(jnp.sin(name_for_policies(layer.up(x, key=key), MLP_UP)), key=key), None
