@@ -6,10 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from tests.jaxprs import equations
+from vlmlora.distributed import make_mesh
+from vlmlora.nn import stack
+from vlmlora.nn.linear import Linear
+from vlmlora.nn.saved import stacks_as_outputs
 from vlmlora.nn.scan_in_place import scan_in_place
+from vlmlora.nn.stack import scan_layers
+from vlmlora.quantization.sharded import Layout, ShardedWeight
+from vlmlora.quantization.weights import DenseWeight
+from vlmlora.training import remat
+from vlmlora.training.remat import remat_policy
 
 STEPS, ROWS, WIDTH = 5, 3, 8
 SAVED = ("wide", "copied")
@@ -125,3 +135,40 @@ def test_saved_values_are_written_once_into_memory_that_was_not_filled():
     # Two forward, and of each two backward.
     dots = [equation for equation in equations(jaxpr) if equation.primitive.name == "dot_general"]
     assert sum(equation.outvars[0].aval.ndim == 2 for equation in dots) == 2 + 4
+
+
+def test_layers_use_it_on_one_device_for_what_can_be_kept_there(monkeypatch):
+    """Not where a policy keeps nothing or something on the host, and not for layers on a mesh."""
+    monkeypatch.setattr(remat, "_offloads_to_host", lambda: True)
+    used = []
+    monkeypatch.setattr(
+        stack, "scan_in_place", lambda _, x, *__, in_place: used.append(in_place) or (x, None)
+    )
+
+    def uses(policy, layers):
+        used.clear()
+        scan_layers(layers, jnp.ones((2, WIDTH)), lambda layer, x, _, *, key: (x, None), remat=policy)
+        return used == [policy.in_place]
+
+    layers = Layers()
+    assert uses(remat_policy("mlp"), layers)
+    assert uses(remat_policy({"attention_residual": "save"}), layers)
+    for policy in (True, "unsloth", {"qkv": "save"}, {"layer_input": "offload", "mlp_up": "save"}):
+        assert not uses(remat_policy(policy), layers)
+    with stacks_as_outputs():
+        assert not uses(remat_policy("mlp"), layers)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    layout = Layout(mesh, None, jax.sharding.PartitionSpec())
+    weight = layers.linear.weight.get_value()
+    layers.linear.weight.set_value(ShardedWeight(weight, weight.shape, layout))
+    assert not uses(remat_policy("mlp"), layers)
+
+
+class Layers(nnx.Module):
+    """Linear layers of zeros."""
+
+    def __init__(self):
+        self.stack = STEPS
+        self.linear = Linear(WIDTH, WIDTH, dtype=jnp.float32, stack=STEPS)
+        self.linear.weight.set_value(DenseWeight(jnp.zeros((STEPS, WIDTH, WIDTH))))
+        self.linear.bias.set_value(jnp.zeros((STEPS, WIDTH)))

@@ -101,7 +101,7 @@ def scan_layers(
         The last layer's output, and the layers' own outputs stacked.
     """
     body, steps = _body_and_steps(layers, call, per_layer, key)
-    if isinstance(remat, Checkpoint) and remat.in_place and stacks_are_carried() and not _is_sharded(steps):
+    if isinstance(remat, Checkpoint) and remat.in_place and stacks_are_carried() and not _is_sharded(layers):
         return scan_in_place(remat.for_scan_in_place(body), x, steps, in_place=remat.in_place)
     return jax.lax.scan(body if remat is None else remat(body), x, steps)
 
@@ -340,10 +340,13 @@ def _rerunning_switch(
     return run(kind, constants, operands)
 
 
-def _is_sharded(steps: PyTree) -> bool:
+def _is_sharded(layers: nnx.Module) -> bool:
     """Whether the layers lie on a mesh, whose compiler has a say in where stacks are."""
-    weights = jax.tree.leaves(steps, is_leaf=_is_weight)
-    return any(isinstance(leaf, ShardedWeight) for leaf in weights)
+
+    def is_sharded(leaf: Any) -> bool:
+        return isinstance(leaf, ShardedWeight)
+
+    return any(map(is_sharded, jax.tree.leaves(nnx.state(layers), is_leaf=is_sharded)))
 
 
 def _is_weight(leaf: Any) -> bool:
