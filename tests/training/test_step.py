@@ -8,6 +8,7 @@ from rich.console import Console
 
 from tests.jaxprs import equations
 from tests.models.qwen2_5_vl_cases import Case, Visual, batches, tiny_config
+from vlmlora.distributed import make_mesh
 from vlmlora.lora.apply import add_adapters
 from vlmlora.lora.config import LoraConfig
 from vlmlora.lora.selection import select
@@ -23,8 +24,8 @@ from vlmlora.training.loop import fit
 from vlmlora.training.loss import make_loss_fn
 from vlmlora.training.memory import saved_arrays
 from vlmlora.training.optimizer import adamw
-from vlmlora.training.remat import NAMES, name_of_policy, remat_policy
-from vlmlora.training.step import init_train_state, make_train_step
+from vlmlora.training.remat import NAMES, keeps_on_host, name_of_policy, remat_policy
+from vlmlora.training.step import _compiler_options, init_train_state, make_train_step
 
 CONFIG = tiny_config()
 BATCH = batches(Case([[3, Visual(1, 4, 4), 4], [5]]), CONFIG)[1]
@@ -199,6 +200,30 @@ def test_a_policy_is_written_as_short_as_it_can_be():
     assert name_of_policy(unsloth) == "'unsloth'"
     each = {"vision": "mlp", "language": {"mlp_up": "save", "layer_input": "save"}}
     assert name_of_policy(each) == "{'vision': 'mlp', 'language': {'mlp_up': 'save'}}"
+
+
+@pytest.mark.parametrize(
+    ("policy", "on_host"),
+    [
+        (False, False),
+        ("attention+mlp", False),
+        ({"vision": True, "language": "mlp"}, False),
+        ("unsloth", True),
+        ({"vision": "mlp", "language": {"layer_input": "offload"}}, True),
+        ("auto", True),
+        (jax.checkpoint, True),
+    ],
+)
+def test_graphs_hold_reads_of_stacks_where_nothing_goes_to_the_host(parts, policy, on_host):
+    loss = make_loss_fn(parts[0], gradient_checkpointing=policy)
+    assert keeps_on_host(policy) == on_host
+
+    def in_graphs(loss, mesh):
+        return "DYNAMIC_SLICE_FUSION" in _compiler_options(loss, mesh)["xla_gpu_enable_command_buffer"]
+
+    assert in_graphs(loss, None) == (not on_host)
+    assert not in_graphs(loss, make_mesh(devices=jax.devices()[:1]))
+    assert not in_graphs(lambda *_, **__: 0.0, None)
 
 
 @pytest.mark.slow

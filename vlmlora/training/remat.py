@@ -178,7 +178,7 @@ def has_auto(policy: GradientCheckpointing) -> bool:
     return any(isinstance(each, str) and each == AUTO for each in policy_by_part(policy).values())
 
 
-def offloads(policy: GradientCheckpointing) -> bool:
+def keeps_on_host(policy: GradientCheckpointing) -> bool:
     """Whether a part of the policy keeps values in host memory, as far as it says; ``"auto"`` may."""
 
     def may(each: GradientCheckpointing) -> bool:

@@ -29,8 +29,8 @@ from vlmlora.training.remat import (
     CheckpointedLoss,
     GradientCheckpointing,
     has_auto,
+    keeps_on_host,
     name_of_policy,
-    offloads,
     policy_by_part,
 )
 
@@ -192,8 +192,8 @@ _ON_ONE_DEVICE = {
 
 def _compiler_options(loss_fn: LossFn, mesh: Mesh | None) -> dict[str, Any]:
     """Of a step with this loss; where it does not say where it keeps values, as if some were on the host."""
-    keeps_on_device = isinstance(loss_fn, CheckpointedLoss) and not offloads(loss_fn.gradient_checkpointing)
-    return _COMPILER_OPTIONS | (_ON_ONE_DEVICE if keeps_on_device and mesh is None else {})
+    on_host = not isinstance(loss_fn, CheckpointedLoss) or keeps_on_host(loss_fn.gradient_checkpointing)
+    return _COMPILER_OPTIONS | ({} if on_host or mesh is not None else _ON_ONE_DEVICE)
 
 
 class _Step:
