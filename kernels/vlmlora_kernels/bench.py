@@ -16,6 +16,7 @@ import dataclasses
 import datetime
 import functools
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -56,7 +57,21 @@ VISION = {
 """The same of vision towers and projectors; the tower of the 72B model is that of the 7B."""
 
 TOKENS = (1, 4, 16, 64, 512, 2048, 8192)
-SWEPT = [(18944, 3584), (3584, 18944), (3584, 3584), (4096, 14336), (8192, 8192)]
+SWEPT = [
+    (512, 3584),
+    (1024, 8192),
+    (3584, 3584),
+    (3584, 18944),
+    (4096, 14336),
+    (5120, 5120),
+    (8192, 5120),
+    (8192, 8192),
+    (8192, 29568),
+    (14336, 4096),
+    (18944, 3584),
+    (29568, 8192),
+]
+MANY_SWEPT_SHAPES = [(18944, 3584), (3584, 18944), (3584, 3584), (4096, 14336), (8192, 8192)]
 MANY_SWEPT = [128, 256, 512, 1024, 2048, 4096, 8192]
 BACKWARD_FROM = 512  # tokens; fewer are generation, which has no backward pass
 _EVICTED_BYTES = 2**28  # five times the L2 cache of an H100 or H200
@@ -398,47 +413,45 @@ def peers(shapes: list[Shape], tokens: tuple[int, ...]) -> list[Row]:
     return [name | {"us": round(statistics.median(sample), 2)} for name, sample in samples]
 
 
-def candidates(tokens: int) -> list[tuning.FewTokens]:
-    """Rows of the table of tiles to try for as many tokens: those of the table, and others."""
-    row = functools.partial(tuning.FewTokens, tokens)
+def candidates(tokens: int, rows: int | None) -> list[tuning.FewTokens]:
+    """Rows of the table of tiles to try for as many tokens and rows of a weight: those of the table, and
+    others."""
+    row = functools.partial(tuning.FewTokens, tokens, rows, lookahead=1)
     if tokens <= 4:
-        tried = [
-            row(row_tiles=1, warps=18, lookahead=1, unit=4, stages=0, cluster=1),
-            row(row_tiles=1, warps=18, lookahead=1, unit=4, stages=0, cluster=4),
-            row(row_tiles=1, warps=24, lookahead=1, unit=2, stages=0, cluster=1),
-            row(row_tiles=2, warps=12, lookahead=1, unit=4, stages=0, cluster=1),
-            row(row_tiles=2, warps=12, lookahead=1, unit=4, stages=0, cluster=2),
-            row(row_tiles=2, warps=16, lookahead=1, unit=2, stages=0, cluster=1),
-            row(row_tiles=2, warps=16, lookahead=1, unit=2, stages=0, cluster=1, early_x=True),
-        ]
+        tried = [row(row_tiles=1, warps=warps, unit=4) for warps in (16, 20, 24)]
+        tried += [row(row_tiles=1, warps=warps, unit=2) for warps in (16, 18, 24, 32)]
+        tried += [row(row_tiles=2, warps=16, unit=unit) for unit in (2, 4)]
+        tried += [row(row_tiles=1, warps=24, unit=4, early_x=True)]
     elif tokens <= 16:
-        tried = [
-            row(row_tiles=2, warps=12, lookahead=2, unit=2, stages=0, cluster=1),
-            row(row_tiles=2, warps=12, lookahead=2, unit=2, stages=0, cluster=1, early_x=True),
-            row(row_tiles=2, warps=12, lookahead=1, unit=4, stages=0, cluster=1),
-            row(row_tiles=2, warps=12, lookahead=1, unit=4, stages=2, cluster=1),
-            row(row_tiles=2, warps=12, lookahead=1, unit=4, stages=2, cluster=4),
-            row(row_tiles=2, warps=16, lookahead=1, unit=2, stages=2, cluster=1),
-            row(row_tiles=1, warps=20, lookahead=1, unit=4, stages=2, cluster=1),
-        ]
+        ahead = functools.partial(row, lookahead=2, early_x=True)
+        tried = [ahead(row_tiles=2, warps=warps, unit=2) for warps in (12, 16)]
+        tried += [ahead(row_tiles=1, warps=16, unit=4)]
+        tried += [ahead(row_tiles=1, warps=12, unit=2)] if rows == tuning.ROWS[0] else []
+        tried += [ahead(row_tiles=3, warps=12, unit=2), row(row_tiles=2, warps=12, unit=4)]
+        tried += [row(row_tiles=2, warps=12, unit=unit, stages=3) for unit in (2, 4)]
+        tried += [row(row_tiles=1, warps=20, unit=4, stages=stages) for stages in (2, 3)]
     else:
-        tried = [
-            row(row_tiles=2, warps=12, lookahead=1, unit=2, stages=2, cluster=4),
-            row(row_tiles=2, warps=12, lookahead=1, unit=2, stages=2, cluster=1),
-            row(row_tiles=2, warps=12, lookahead=1, unit=2, stages=3, cluster=2),
-            row(row_tiles=3, warps=8, lookahead=1, unit=2, stages=2, cluster=4),
-            row(row_tiles=1, warps=16, lookahead=1, unit=2, stages=2, cluster=1),
-            row(row_tiles=1, warps=20, lookahead=1, unit=2, stages=2, cluster=1),
-            row(row_tiles=2, warps=8, lookahead=1, unit=4, stages=0, cluster=1),
-        ]
-    now = [known for rows in tuning.FEW_TOKENS.values() for known in rows if known.tokens == tokens]
-    return list(dict.fromkeys([*tried, *now]))
+        tried = [row(row_tiles=1, warps=16, unit=2, stages=stages) for stages in (2, 3, 4)]
+        tried += [row(row_tiles=2, warps=12, unit=2, stages=stages) for stages in (2, 3)]
+        tried += [row(row_tiles=2, warps=8, unit=2, stages=4), row(row_tiles=2, warps=8, unit=4, stages=2)]
+        tried += [row(row_tiles=1, warps=16, unit=4, stages=stages) for stages in (2, 3)]
+        tried += [row(row_tiles=1, warps=20, unit=2, stages=2), row(row_tiles=3, warps=8, unit=2, stages=2)]
+        clusters = (2, 4) if rows == tuning.ROWS[0] else (2,)
+        tried += [row(row_tiles=1, warps=20, unit=2, stages=2, cluster=cluster) for cluster in clusters]
+        tried += [row(row_tiles=2, warps=12, unit=2, stages=2, cluster=2)]
+    if rows == tuning.ROWS[0]:  # fewer blocks than multiprocessors, if taller
+        tried = [one for one in tried if one.row_tiles == 1]
+    now = [tuning.few_tokens_row(tokens, rows, kind) for kind in tuning.FEW_TOKENS]
+    return list(dict.fromkeys([*(dataclasses.replace(row, rows=rows) for row in now), *tried]))
 
 
 def sweep(shapes: list[Shape], options: dict) -> tuple[list[Row], str]:
     """Times of the fused products with other tiles, and the table of the best, as Python."""
-    classes = [row.tokens for row in tuning.FEW_TOKENS["nf4"]]
+    counts = list(dict.fromkeys(row.tokens for row in tuning.FEW_TOKENS["nf4"]))
     books = {"nf4": matvec.FourBit(CODE_BOOKS["nf4"], nested=True), "int8": matvec.EightBit()}
+
+    def rows_of(shape: Shape) -> int | None:
+        return next((rows for rows in tuning.ROWS if shape[0] <= rows), None)
 
     def arrays(kind: str, shape: Shape, count: int) -> list:
         operands = random_operands(shape, count)
@@ -447,7 +460,7 @@ def sweep(shapes: list[Shape], options: dict) -> tuple[list[Row], str]:
 
     def distinct(shape: Shape, count: int) -> dict[matvec.Tuning, list[tuning.FewTokens]]:
         found: dict[matvec.Tuning, list[tuning.FewTokens]] = {}
-        for row in candidates(count):
+        for row in candidates(count, rows_of(shape)):
             found.setdefault(tuning.cut(row, count, shape), []).append(row)
         return found
 
@@ -462,37 +475,58 @@ def sweep(shapes: list[Shape], options: dict) -> tuple[list[Row], str]:
         (kind, shape, count, cut)
         for kind in books
         for shape in shapes
-        for count in classes
+        for count in counts
         for cut in distinct(shape, count)
     ]
     programs = compile_all((key, job(*key)) for key in keys)
     buffer = jnp.zeros((_EVICTED_BYTES // 4,), jnp.int32)
-    rows = []
-    times: dict[tuple[str, int], dict[tuning.FewTokens, list[float]]] = {}
+    measured = []
+    times: dict[tuple[str, int, int | None], dict[tuning.FewTokens, dict[Shape, float]]] = {}
     for (kind, shape, count, cut), program in programs.items():
         name = {"kind": kind, "shape": list(shape), "tokens": count, "tuning": dataclasses.asdict(cut)}
         if isinstance(program, Exception):
             print("failed:", name, program, flush=True)
             continue
         us = times_us(program, buffer, [jnp.asarray(a) for a in arrays(kind, shape, count)], 1)[0]
-        rows.append(name | {"us": round(us, 2)})
+        measured.append(name | {"us": round(us, 2)})
         print(kind, shape, count, cut, round(us, 2), flush=True)
         for row in distinct(shape, count)[cut]:
-            times.setdefault((kind, count), {}).setdefault(row, []).append(us)
+            times.setdefault((kind, count, rows_of(shape)), {}).setdefault(row, {})[shape] = us
     lines = ["FEW_TOKENS = {"]
     for kind in books:
         lines.append(f'    "{kind}": (')
-        for count in classes:
-            tried = {row: us for row, us in times[kind, count].items() if len(us) == len(shapes)}
-            best = [min(us[i] for us in tried.values()) for i in range(len(shapes))]
-
-            def slowness(us: list[float], best: list[float] = best) -> float:
-                return sum(one / fastest for one, fastest in zip(us, best, strict=True))
-
-            chosen = min(tried, key=lambda row: slowness(tried[row]))
-            lines.append(f"        {chosen},")
+        for count in counts:
+            classes = [rows for rows in (*tuning.ROWS, None) if (kind, count, rows) in times]
+            chosen = [_fastest(times[kind, count, rows]) for rows in classes]
+            lines += [f"        {_as_code(row)}," for row in _without_repetition(chosen)]
         lines.append("    ),")
-    return rows, "\n".join([*lines, "}"])
+    return measured, "\n".join([*lines, "}"])
+
+
+def _without_repetition(rows: list[tuning.FewTokens]) -> list[tuning.FewTokens]:
+    """Only the last of rows in turn that differ in nothing but how many rows of a weight take them."""
+    following = [dataclasses.replace(after, rows=row.rows) for row, after in itertools.pairwise(rows)]
+    return [row for row, after in zip(rows, [*following, None], strict=True) if row != after]
+
+
+def _as_code(row: Any) -> str:
+    """A row of a table without what is the same in most."""
+    fields = {each.name: (getattr(row, each.name), each.default) for each in dataclasses.fields(row)}
+    given = [f"{name}={value}" for name, (value, default) in fields.items() if value != default]
+    return f"{type(row).__name__}({', '.join(given)})"
+
+
+def _fastest(times: dict[tuning.FewTokens, dict[Shape, float]]) -> tuning.FewTokens:
+    """The row that is slower than the fastest of each shape by the least, of those that all shapes took."""
+    best: dict[Shape, float] = {}
+    for found in times.values():
+        for shape, us in found.items():
+            best[shape] = min(us, best.get(shape, us))
+
+    def slowness(row: tuning.FewTokens) -> float:
+        return sum(us / best[shape] for shape, us in times[row].items())
+
+    return min((row for row, found in times.items() if len(found) == len(best)), key=slowness)
 
 
 def many_candidates(tokens: int) -> list[tuning.ManyTokens]:
@@ -565,7 +599,7 @@ def sweep_many(shapes: list[Shape], counts: list[int], options: dict) -> tuple[l
         best = min(complete, key=complete.__getitem__, default=None)
         if best is None or complete[best] >= 2 * len(shapes):
             break
-        lines.append(f"    {best},")
+        lines.append(f"    {_as_code(best)},")
     return rows, "\n".join([*lines, ")"])
 
 
@@ -636,7 +670,8 @@ def main() -> None:
         shapes += [shape for model in models for shape in VISION[model]]
     shapes = list(dict.fromkeys(shapes))
     if given.sweep or given.sweep_many:
-        shapes = SWEPT[:2] if given.quick else SWEPT
+        swept = SWEPT if given.sweep else MANY_SWEPT_SHAPES
+        shapes = [shape for shape in swept if shape in shapes] if given.quick else swept
     result = {
         "device": jax.devices()[0].device_kind,
         "versions": {name: version(name) for name in ("jax", "jaxlib")},

@@ -103,7 +103,7 @@ def test_the_table_and_the_file(tmp_path):
 
 def test_the_sweep_prints_the_table_of_the_fastest(monkeypatch):
     shapes = [(512, 512), (96, 1024)]
-    wanted = next(row for row in bench.candidates(64) if row.warps == 8 and row.row_tiles == 3)
+    wanted = next(row for row in bench.candidates(64, tuning.ROWS[0]) if row.warps == 16 and row.unit == 4)
     best = {tuning.cut(wanted, 64, shape) for shape in shapes}
 
     def programs(jobs):
@@ -117,9 +117,9 @@ def test_the_sweep_prints_the_table_of_the_fastest(monkeypatch):
     scope: dict = {}
     exec(text, {"FewTokens": tuning.FewTokens}, scope)
     table = scope["FEW_TOKENS"]
-    assert {kind: [row.tokens for row in rows] for kind, rows in table.items()} == {
-        kind: [row.tokens for row in rows] for kind, rows in tuning.FEW_TOKENS.items()
-    }
+    found = {kind: [(row.tokens, row.rows) for row in rows] for kind, rows in table.items()}
+    expected = [(tokens, tuning.ROWS[0]) for tokens in (4, 16, 32, 64)]
+    assert found == dict.fromkeys(tuning.FEW_TOKENS, expected)
     assert {tuning.cut(table["nf4"][-1], 64, shape) for shape in shapes} == best
 
 
@@ -168,7 +168,8 @@ def test_the_sweep_of_many_tokens_stops_where_decoding_is_faster_and_sees_wrong_
 )
 def test_every_tile_fits_a_block_and_a_wave(shape):
     for tokens in (1, 4, 5, 16, 17, 32, 33, 64):
-        rows = bench.candidates(next(row.tokens for row in tuning.FEW_TOKENS["nf4"] if tokens <= row.tokens))
+        known = tuning.few_tokens_row(tokens, shape[0], "nf4")
+        rows = bench.candidates(known.tokens, known.rows)
         for row in rows:
             cut = tuning.cut(row, tokens, shape)
             assert cut.columns <= shape[1]

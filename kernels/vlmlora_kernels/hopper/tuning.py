@@ -23,7 +23,8 @@ class FewTokens:
 
     Attributes:
         tokens: the most that take this row.
-        row_tiles: times 16 rows in a group; 1 without `stages` where a weight has too few rows for the card.
+        rows: the most rows of a weight that takes it, or None for any number.
+        row_tiles: times 16 rows in a group.
         warps: the most of a block.
         lookahead: loads of `x` under way.
         unit: blocks of 64 columns a load.
@@ -33,30 +34,71 @@ class FewTokens:
     """
 
     tokens: int
+    rows: int | None
     row_tiles: int
     warps: int
     lookahead: int
     unit: int
-    stages: int
-    cluster: int
+    stages: int = 0
+    cluster: int = 1
     early_x: bool = False
 
 
+ROWS = tuple(16 * MULTIPROCESSORS * tiles for tiles in (1, 2, 3, 5, 8, 12))
+"""Rows of a weight up to which tiles are measured: so many tiles of 16 rows for each multiprocessor."""
+
 FEW_TOKENS = {
     "nf4": (
-        FewTokens(tokens=4, row_tiles=2, warps=16, lookahead=1, unit=2, stages=0, cluster=1),
-        FewTokens(tokens=16, row_tiles=2, warps=12, lookahead=2, unit=2, stages=0, cluster=1, early_x=True),
-        FewTokens(tokens=32, row_tiles=1, warps=16, lookahead=1, unit=2, stages=2, cluster=1),
-        FewTokens(tokens=64, row_tiles=1, warps=16, lookahead=1, unit=2, stages=2, cluster=1),
+        FewTokens(tokens=4, rows=6336, row_tiles=1, warps=16, lookahead=1, unit=2),
+        FewTokens(tokens=4, rows=10560, row_tiles=1, warps=16, lookahead=1, unit=4),
+        FewTokens(tokens=4, rows=16896, row_tiles=2, warps=16, lookahead=1, unit=2),
+        FewTokens(tokens=4, rows=25344, row_tiles=1, warps=18, lookahead=1, unit=2),
+        FewTokens(tokens=4, rows=None, row_tiles=2, warps=16, lookahead=1, unit=4),
+        FewTokens(tokens=16, rows=2112, row_tiles=1, warps=12, lookahead=2, unit=2, early_x=True),
+        FewTokens(tokens=16, rows=4224, row_tiles=2, warps=12, lookahead=2, unit=2, early_x=True),
+        FewTokens(tokens=16, rows=6336, row_tiles=3, warps=12, lookahead=2, unit=2, early_x=True),
+        FewTokens(tokens=16, rows=10560, row_tiles=2, warps=12, lookahead=1, unit=2, stages=3),
+        FewTokens(tokens=16, rows=16896, row_tiles=1, warps=20, lookahead=1, unit=4, stages=3),
+        FewTokens(tokens=16, rows=25344, row_tiles=2, warps=12, lookahead=1, unit=2, stages=3),
+        FewTokens(tokens=16, rows=None, row_tiles=1, warps=20, lookahead=1, unit=4, stages=3),
+        FewTokens(tokens=32, rows=2112, row_tiles=1, warps=20, lookahead=1, unit=2, stages=2, cluster=2),
+        FewTokens(tokens=32, rows=4224, row_tiles=1, warps=16, lookahead=1, unit=2, stages=2),
+        FewTokens(tokens=32, rows=6336, row_tiles=3, warps=8, lookahead=1, unit=2, stages=2),
+        FewTokens(tokens=32, rows=16896, row_tiles=2, warps=8, lookahead=1, unit=4, stages=2),
+        FewTokens(tokens=32, rows=None, row_tiles=1, warps=16, lookahead=1, unit=4, stages=3),
+        FewTokens(tokens=64, rows=2112, row_tiles=1, warps=20, lookahead=1, unit=2, stages=2, cluster=2),
+        FewTokens(tokens=64, rows=6336, row_tiles=1, warps=16, lookahead=1, unit=2, stages=3),
+        FewTokens(tokens=64, rows=10560, row_tiles=2, warps=12, lookahead=1, unit=2, stages=3),
+        FewTokens(tokens=64, rows=25344, row_tiles=1, warps=16, lookahead=1, unit=4, stages=2),
+        FewTokens(tokens=64, rows=None, row_tiles=1, warps=16, lookahead=1, unit=2, stages=4),
     ),
     "int8": (
-        FewTokens(tokens=4, row_tiles=2, warps=16, lookahead=1, unit=2, stages=0, cluster=1),
-        FewTokens(tokens=16, row_tiles=2, warps=12, lookahead=2, unit=2, stages=0, cluster=1, early_x=True),
-        FewTokens(tokens=32, row_tiles=2, warps=12, lookahead=1, unit=2, stages=2, cluster=1),
-        FewTokens(tokens=64, row_tiles=2, warps=12, lookahead=1, unit=2, stages=2, cluster=1),
+        FewTokens(tokens=4, rows=2112, row_tiles=1, warps=16, lookahead=1, unit=2),
+        FewTokens(tokens=4, rows=4224, row_tiles=2, warps=16, lookahead=1, unit=2),
+        FewTokens(tokens=4, rows=6336, row_tiles=1, warps=24, lookahead=1, unit=2),
+        FewTokens(tokens=4, rows=10560, row_tiles=1, warps=16, lookahead=1, unit=4),
+        FewTokens(tokens=4, rows=16896, row_tiles=1, warps=32, lookahead=1, unit=2),
+        FewTokens(tokens=4, rows=25344, row_tiles=1, warps=18, lookahead=1, unit=2),
+        FewTokens(tokens=4, rows=None, row_tiles=1, warps=16, lookahead=1, unit=4),
+        FewTokens(tokens=16, rows=2112, row_tiles=1, warps=12, lookahead=2, unit=2, early_x=True),
+        FewTokens(tokens=16, rows=4224, row_tiles=2, warps=12, lookahead=1, unit=2, stages=3),
+        FewTokens(tokens=16, rows=16896, row_tiles=2, warps=16, lookahead=2, unit=2, early_x=True),
+        FewTokens(tokens=16, rows=None, row_tiles=1, warps=20, lookahead=1, unit=4, stages=3),
+        FewTokens(tokens=32, rows=2112, row_tiles=1, warps=16, lookahead=1, unit=2, stages=3),
+        FewTokens(tokens=32, rows=4224, row_tiles=1, warps=20, lookahead=1, unit=2, stages=2),
+        FewTokens(tokens=32, rows=6336, row_tiles=1, warps=16, lookahead=1, unit=2, stages=2),
+        FewTokens(tokens=32, rows=10560, row_tiles=1, warps=20, lookahead=1, unit=2, stages=2),
+        FewTokens(tokens=32, rows=16896, row_tiles=2, warps=12, lookahead=1, unit=2, stages=2),
+        FewTokens(tokens=32, rows=None, row_tiles=1, warps=16, lookahead=1, unit=4, stages=2),
+        FewTokens(tokens=64, rows=2112, row_tiles=1, warps=20, lookahead=1, unit=2, stages=2, cluster=2),
+        FewTokens(tokens=64, rows=4224, row_tiles=2, warps=12, lookahead=1, unit=2, stages=2),
+        FewTokens(tokens=64, rows=6336, row_tiles=1, warps=16, lookahead=1, unit=2, stages=2),
+        FewTokens(tokens=64, rows=10560, row_tiles=1, warps=16, lookahead=1, unit=2, stages=3),
+        FewTokens(tokens=64, rows=None, row_tiles=2, warps=12, lookahead=1, unit=2, stages=2),
     ),
 }
-"""By the decoder's name, for ascending numbers of tokens."""
+"""By the decoder's name, for ascending numbers of tokens and for each of rows; the first that takes both is
+the one."""
 
 FUSED_TOKENS = FEW_TOKENS["nf4"][-1].tokens
 """The most tokens that the kernels of `hopper.matvec` take."""
@@ -109,9 +151,18 @@ def many_tokens_row(tokens: int) -> ManyTokens:
     return next((row for row in MANY_TOKENS if tokens <= row.tokens), MANY_TOKENS[-1])
 
 
+def few_tokens_row(tokens: int, rows: int | None, kind: str) -> FewTokens:
+    """The row for as many tokens and rows of a weight; None for more of these than any limit."""
+    return next(
+        row
+        for row in FEW_TOKENS[kind]
+        if tokens <= row.tokens and (row.rows is None or (rows is not None and rows <= row.rows))
+    )
+
+
 def matvec_tuning(tokens: int, shape: tuple[int, int], kind: str) -> Tuning:
     """The tile of the fused product of this many tokens and a weight of `shape` [out, in]."""
-    return cut(next(row for row in FEW_TOKENS[kind] if tokens <= row.tokens), tokens, shape)
+    return cut(few_tokens_row(tokens, shape[0], kind), tokens, shape)
 
 
 def cut(row: FewTokens, tokens: int, shape: tuple[int, int]) -> Tuning:
@@ -122,9 +173,7 @@ def cut(row: FewTokens, tokens: int, shape: tuple[int, int]) -> Tuning:
     43 pass while these come from the L2 cache.
     """
     out_features, pieces = shape[0], shape[1] // COLUMNS
-    # A weight of few rows occupies more multiprocessors in tiles of 16 of them. (Not measured with stages.)
-    has_few_rows = not row.stages and out_features <= 16 * MULTIPROCESSORS
-    row_tiles = 1 if has_few_rows else row.row_tiles
+    row_tiles = row.row_tiles
     tiles = -(-out_features // (16 * row_tiles))
     token_tiles = -(-tokens // 8)
     fits = []
