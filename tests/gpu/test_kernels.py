@@ -263,11 +263,17 @@ def test_elementwise_over_its_arguments(key, shape, activation):
         return elementwise_in_place(function, *arrays), elementwise_in_place(function, *reversed(arrays))
 
     arrays = [3 * jax.random.normal(each, shape, jnp.bfloat16) for each in jax.random.split(key, 3)]
-    exact = jax.jit(lambda *arrays: function(*(array.astype(jnp.float32) for array in arrays)))
+    cpu = jax.devices("cpu")[0]
+
+    def exact(*arrays):
+        """In float64: XLA's own tanh is off by five units in float32's last place."""
+        with jax.enable_x64(True), jax.default_device(cpu):
+            return jax.jit(function)(*(np.asarray(array, np.float64) for array in arrays))
+
     for found, given in zip(twice(*arrays), (arrays, arrays[::-1]), strict=True):
         for value, reference in zip(found, exact(*given), strict=True):
-            # Half a unit in bfloat16's last place. Where 1 + tanh(x) nearly cancels, tanh's own error of some
-            # units in float32's last place counts, times the arguments.
-            value, reference = np.asarray(value, np.float32), np.asarray(reference)
+            # Half a unit in bfloat16's last place. Where 1 + tanh(x) nearly cancels, tanh's own error of a
+            # unit or two in float32's last place counts, times the arguments.
+            value, reference = np.asarray(value, np.float64), np.asarray(reference)
             atol = 2e-6 * np.abs(reference).max()
             np.testing.assert_allclose(value, reference, rtol=2**-8 + 1e-5, atol=atol)
