@@ -94,6 +94,51 @@ def test_value_outputs_and_gradients_are_those_of_a_scan(in_place, uses, argnums
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
 
 
+@pytest.mark.parametrize("in_place", [(), ("wide",)])
+@pytest.mark.parametrize("on_host", [("copied",), ("copied", "x"), ("x",)])
+def test_through_host_memory_and_back(in_place, on_host):
+    trained, frozen, x, shared = make()
+    scan = functools.partial(
+        scan_in_place, in_place=frozenset(in_place), on_host=frozenset(on_host), name_of_x="x"
+    )
+    loss = make_loss(scan, keeping(*SAVED), frozen)
+    gradient = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+    plain = make_loss(jax.lax.scan, lambda body: body, frozen)
+    expected = jax.jit(jax.value_and_grad(plain, argnums=(0, 1, 2), has_aux=True))(trained, x, shared)
+    found = jax.jit(gradient)(trained, x, shared)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+    moved = [
+        ("host" if "<host>" in str(equation.outvars[0].aval) else "device", equation.outvars[0].aval.ndim)
+        for equation in equations(jax.make_jaxpr(gradient)(trained, x, shared))
+        if equation.primitive.name == "device_put"
+    ]
+    # Of each the room for all steps, and within the loops what a step sends and fetches.
+    assert sorted(moved) == sorted([("host", 3), ("host", 2), ("device", 2)] * len(on_host))
+
+
+def test_what_leaves_is_copied_when_its_step_is_done():
+    """So that the next step does not wait until it has left: the copy depends on the step's result."""
+    trained, frozen, x, shared = make()
+    scan = functools.partial(scan_in_place, on_host=frozenset({"copied"}))
+    loss = make_loss(scan, keeping("copied"), frozen)
+    jaxpr = jax.make_jaxpr(jax.grad(loss, has_aux=True))(trained, x, shared)
+    body = next(
+        equation.params["body_jaxpr"].jaxpr
+        for equation in equations(jaxpr)
+        if equation.primitive.name == "while"
+        and any(e.primitive.name == "device_put" for e in equation.params["body_jaxpr"].jaxpr.eqns)
+    )
+    makers = {out: equation for equation in body.eqns for out in equation.outvars}
+    (sent,) = [e.invars[0] for e in body.eqns if e.primitive.name == "device_put"]
+    copy = makers[sent]
+    assert copy.primitive.name == "select_n"
+    barrier = makers[copy.invars[-1]]
+    assert barrier.primitive.name == "optimization_barrier"
+    following = barrier.outvars[0]
+    used = [e for e in body.eqns if following in e.invars]
+    assert any(e.primitive.name in ("broadcast_in_dim", "dynamic_update_slice") for e in used), "the next x"
+
+
 def test_without_a_gradient_it_is_a_scan():
     trained, frozen, x, shared = make()
     scan = functools.partial(scan_in_place, in_place=frozenset(SAVED))
@@ -148,21 +193,25 @@ def test_saved_values_are_written_once_into_memory_that_was_not_filled():
 
 
 def test_layers_use_it_on_one_device_for_what_can_be_kept_there(monkeypatch):
-    """Not where a policy keeps nothing or something on the host, and not for layers on a mesh."""
+    """Not where a policy keeps nothing, or a layer's input alone, and not for layers on a mesh."""
     monkeypatch.setattr(remat, "_offloads_to_host", lambda: True)
     used = []
-    monkeypatch.setattr(
-        stack, "scan_in_place", lambda _, x, *__, in_place: used.append(in_place) or (x, None)
-    )
+
+    def scan(body, x, steps, *, in_place, on_host, **_):
+        used.append((in_place, on_host))
+        return x, None
+
+    monkeypatch.setattr(stack, "scan_in_place", scan)
 
     def uses(policy, layers):
         used.clear()
         scan_layers(layers, jnp.ones((2, WIDTH)), lambda layer, x, _, *, key: (x, None), remat=policy)
-        return used == [policy.in_place]
+        return used == [(policy.in_place, policy.on_host)]
 
     layers = Layers()
     assert uses(remat_policy("mlp"), layers)
     assert uses(remat_policy({"attention_residual": "save"}), layers)
+    assert uses(remat_policy({"layer_input": "offload", "qkv": "offload"}), layers)
     for policy in (True, "unsloth", {"qkv": "save"}, {"layer_input": "offload", "mlp_up": "save"}):
         assert not uses(remat_policy(policy), layers)
     with stacks_as_outputs():

@@ -24,27 +24,33 @@ class Checkpoint:
         policy: for `jax.checkpoint`; None keeps the body's arguments alone.
         in_place: those of `kept` that a scan computes in the stack in which they are kept, and reads there,
             see `vlmlora.nn.scan_in_place`. Where there are any, nothing is kept in host memory.
+        on_host: those of `kept` that are kept in host memory.
+        policy_on_device: `policy` for a scan that itself sends values to host memory: those are saved.
     """
 
     kept: frozenset[str] = frozenset()
     policy: Callable[..., Any] | None = None
     in_place: frozenset[str] = frozenset()
+    on_host: frozenset[str] = frozenset()
+    policy_on_device: Callable[..., Any] | None = None
 
     def __call__(self, body: Callable) -> Callable:
         """The body, checkpointed, for `jax.lax.scan`."""
-        return self._checkpoint(body, frozenset())
+        return self._checkpoint(body, frozenset(), self.policy)
 
     def for_scan_in_place(self, body: Callable) -> Callable:
         """The body, checkpointed, for `vlmlora.nn.scan_in_place.scan_in_place`."""
-        return self._checkpoint(body, self.in_place)
+        return self._checkpoint(body, self.in_place, self.policy_on_device)
 
-    def _checkpoint(self, body: Callable, in_place: frozenset[str]) -> Callable:
+    def _checkpoint(
+        self, body: Callable, in_place: frozenset[str], policy: Callable[..., Any] | None
+    ) -> Callable:
         @wraps(body)
         def knowing(*args: Any) -> Any:
             with saving(self.kept, in_place):
                 return body(*args)
 
-        return jax.checkpoint(knowing, prevent_cse=False, policy=self.policy)
+        return jax.checkpoint(knowing, prevent_cse=False, policy=policy)
 
 
 def name_for_policies(x: jax.Array, name: str) -> jax.Array:

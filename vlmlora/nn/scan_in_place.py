@@ -1,15 +1,20 @@
-"""A scan of a checkpointed body that computes what it saves where that is kept.
+"""A scan of a checkpointed body that computes what it saves where that is kept, or sends it to host memory.
 
 `jax.lax.scan` collects what the backward pass needs in stacks: a step computes a value, uses it, and copies
 it into a stack, which was filled with zeros before. Here the stacks are carried from step to step and begin
 as memory that nobody has written. A value is put into its place as soon as it is there, and whatever follows
 reads it from the stack. So its place is all that a product's result is needed for, and XLA lets the product
 write to it.
+
+XLA copies what goes to host memory while the next step runs, and must be done before that step computes its
+own value in the same place, which for the first values of a step is at once. Here a step's values are copied
+when it ends, and those copies leave while all of the next step runs.
 """
 
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -25,18 +30,25 @@ def scan_in_place(
     x: jax.Array,
     steps: PyTree,
     *,
-    in_place: Set[str],
+    in_place: Set[str] = frozenset(),
+    on_host: Set[str] = frozenset(),
+    name_of_x: str | None = None,
+    named_primitives: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[jax.Array, PyTree]:
     """``jax.lax.scan(body, x, steps)`` with another backward pass, to the same effect.
 
     It is differentiated in reverse only.
 
     Args:
-        body: under `jax.checkpoint` with a policy that saves, on the device, what is to be kept.
+        body: under `jax.checkpoint` with a policy that saves on the device what is to be kept, wherever.
         x: the carry, a single floating-point array.
         steps: arrays with a leading axis over the steps.
         in_place: names, as `jax.ad_checkpoint.checkpoint_name` gives them, of the saved values that are read
-            where they are kept. Others are copied there. The carry is always read there.
+            where they are kept. Others are copied there. The carry is read there if it is on the device.
+        on_host: names of the saved values that are kept in pinned host memory.
+        name_of_x: of the carry, which is kept in any case.
+        named_primitives: how the names of primitives begin whose results are named without being given a
+            name, and what they are named.
 
     Returns:
         The last step's carry, and the steps' own outputs stacked.
@@ -49,7 +61,9 @@ def scan_in_place(
     # What the body closes over becomes an argument, through which gradients can flow.
     closed, (_, ys) = jax.make_jaxpr(flat_body, return_shape=True)(x, _of_a_step(leaves))
     one_step = partial(_evaluate, closed.jaxpr)
-    x, outputs = _scan(one_step, frozenset(in_place), list(closed.consts), x, leaves)
+    primitives = tuple(named_primitives.items())
+    places = _Places(frozenset(in_place), frozenset(on_host), name_of_x in on_host, primitives)
+    x, outputs = _scan(one_step, places, list(closed.consts), x, leaves)
     return x, jax.tree.unflatten(jax.tree.structure(ys), outputs)
 
 
@@ -59,8 +73,40 @@ OneStep = Callable[[Sequence[Value], Sequence[jax.Array]], list[Value]]
 """The next x and the outputs of one step, from constants and from x and the step's slices."""
 
 
+@dataclass(frozen=True)
+class _Places:
+    """Where the values are kept that the backward pass takes.
+
+    Attributes:
+        in_place: names of those that are read where they are kept.
+        on_host: names of those that are kept in host memory.
+        x_on_host: whether every step's x is.
+        named_primitives: see `scan_in_place`.
+    """
+
+    in_place: frozenset[str]
+    on_host: frozenset[str]
+    x_on_host: bool
+    named_primitives: tuple[tuple[str, str], ...]
+
+    def names(self, jaxpr: Any) -> dict[Var, str]:
+        """Names of a step's values."""
+        names: dict[Var, str] = {}
+        for equation in jaxpr.eqns:
+            primitive, results = equation.primitive.name, equation.outvars
+            if primitive == "name":
+                names[results[0]] = equation.params["name"]
+            elif primitive == "reduce_precision" and equation.invars[0] in names:
+                # `jax.checkpoint` rounds what it saves to its own type, which changes nothing.
+                names[results[0]] = names[equation.invars[0]]
+            for start, name in self.named_primitives:
+                if primitive.startswith(start):
+                    names |= dict.fromkeys(results, name)
+        return names
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scan(one_step: OneStep, in_place: frozenset[str], constants, x, leaves):
+def _scan(one_step: OneStep, places: _Places, constants, x, leaves):
     def body(x: jax.Array, leaves: Sequence[jax.Array]) -> tuple[jax.Array, list[Value]]:
         x, *outputs = one_step(constants, [x, *leaves])
         return x, outputs
@@ -78,6 +124,8 @@ class _Trace:
         moving: which of the arguments have a gradient.
         pull: structure of the step's backward pass, whose leaves are the residuals.
         saved: those residuals that the step computes itself.
+        leaving: those of `saved` that are kept on the host.
+        read_in_place: those that are read where they are kept.
     """
 
     jaxpr: Any
@@ -85,6 +133,8 @@ class _Trace:
     moving: tuple[int, ...]
     pull: Any
     saved: tuple[Var, ...]
+    leaving: frozenset[Var]
+    read_in_place: frozenset[Var]
 
     @property
     def residuals(self) -> Sequence[Var | Literal]:
@@ -103,7 +153,7 @@ class _Residuals:
     Attributes:
         constants: as the scan was given them.
         leaves: likewise.
-        xs: every step's x, and the last one's result.
+        xs: every step's x, and on the device the last one's result.
         stacks: of each of the trace's `saved`.
         closed_over: what the trace closes over.
         trace: of one step.
@@ -117,41 +167,53 @@ class _Residuals:
     trace: _Trace
 
 
-def _forward(one_step: OneStep, in_place: frozenset[str], constants, x, leaves):
+def _forward(one_step: OneStep, places: _Places, constants, x, leaves):
     is_moving = [each.perturbed for each in (*constants, x, *leaves)]
     constants, x, leaves = jax.tree.map(lambda each: each.value, (constants, x, leaves))
-    trace, closed_over = _trace(one_step, is_moving, constants, x, leaves)
+    trace, closed_over = _trace(one_step, places, is_moving, constants, x, leaves)
     length = leaves[0].shape[0]
-    names = _names(trace.jaxpr)
     numbers = {var: number for number, var in enumerate(trace.saved)}
-    xs = _put(jax.lax.empty((length + 1, *x.shape), x.dtype), x, 0)
-    stacks = [jax.lax.empty((length, *var.aval.shape), var.aval.dtype) for var in trace.saved]
+    stacks = [_empty(length, var.aval, numbers[var], on_host=var in trace.leaving) for var in trace.saved]
+    if places.x_on_host:
+        xs = _empty(length, x, len(stacks), on_host=True)
+    else:
+        xs, x = _put(jax.lax.empty((length + 1, *x.shape), x.dtype), x, 0), None
 
     def body(number: jax.Array, carry: Any, leaves: Sequence[jax.Array]) -> Any:
-        xs, stacks = carry
-        stacks = list(stacks)
+        x, xs, stacks = carry
+        stacks, leaving = list(stacks), {}
 
         def keep(var: Var, value: Value) -> Value:
-            if var not in numbers:
+            if var in trace.leaving:
+                leaving[numbers[var]] = value
+            if var not in numbers or var in trace.leaving:
                 return value
             stacks[numbers[var]] = stack = _put(stacks[numbers[var]], value, number)
-            if names.get(var) not in in_place:
+            if var not in trace.read_in_place:
                 return value
             # Behind the barrier XLA does not know that what is read is what was written. The stack itself
             # goes straight to the next step, without which no product would write to it.
             return _take(jax.lax.optimization_barrier(stack), number)
 
-        arguments = [*constants, _take(xs, number), *leaves]
-        x, *outputs = _evaluate(trace.jaxpr, closed_over, arguments, keep)[: trace.outputs]
-        return (_put(xs, x, number + 1), stacks), outputs
+        if places.x_on_host:
+            xs = _put(xs, _to_host(x), number)
+        else:
+            x = _take(xs, number)
+        x, *outputs = _evaluate(trace.jaxpr, closed_over, [*constants, x, *leaves], keep)[: trace.outputs]
+        x, copies = _copied_after(x, list(leaving.values()))
+        for each, copy in zip(leaving, copies, strict=True):
+            stacks[each] = _put(stacks[each], _to_host(copy), number)
+        if places.x_on_host:
+            return (x, xs, stacks), outputs
+        return (None, _put(xs, x, number + 1), stacks), outputs
 
-    (xs, stacks), outputs = _loop(body, (xs, stacks), leaves)
+    (x, xs, stacks), outputs = _loop(body, (x, xs, stacks), leaves)
     residuals = _Residuals(constants, leaves, xs, stacks, closed_over, trace)
-    return (xs[-1], outputs), residuals
+    return (x if places.x_on_host else xs[-1], outputs), residuals
 
 
-def _backward(one_step: OneStep, in_place: frozenset[str], residuals: _Residuals, cotangents):
-    del one_step, in_place
+def _backward(one_step: OneStep, places: _Places, residuals: _Residuals, cotangents):
+    del one_step
     trace, constants = residuals.trace, residuals.constants
     dx, d_outputs = cotangents
     if isinstance(dx, SymbolicZero):
@@ -167,10 +229,13 @@ def _backward(one_step: OneStep, in_place: frozenset[str], residuals: _Residuals
 
     def body(number: jax.Array, carry: Any, slices: Any) -> Any:
         (dx, sums), (leaves, given) = carry, slices
-        arguments = [*constants, _take(residuals.xs, number), *leaves]
-        found = dict(zip(trace.jaxpr.invars, arguments, strict=True))
+        x = _take(residuals.xs, number)
+        x = _to_device(x) if places.x_on_host else x
+        found = dict(zip(trace.jaxpr.invars, [*constants, x, *leaves], strict=True))
         found |= zip(trace.jaxpr.constvars, residuals.closed_over, strict=True)
-        found |= {var: _take(stack, number) for var, stack in zip(trace.saved, residuals.stacks, strict=True)}
+        for var, stack in zip(trace.saved, residuals.stacks, strict=True):
+            value = _take(stack, number)
+            found[var] = _to_device(value) if var in trace.leaving else value
         pull = jax.tree.unflatten(trace.pull, [_read(found, var) for var in trace.residuals])
         d_outputs = given | zeros
         gradients = pull([dx, *(d_outputs[number] for number in range(len(d_outputs)))])
@@ -194,6 +259,7 @@ _scan.defvjp(_forward, _backward, symbolic_zeros=True)
 
 def _trace(
     one_step: OneStep,
+    places: _Places,
     is_moving: Sequence[bool],
     constants: Sequence[Value],
     x: jax.Array,
@@ -222,7 +288,11 @@ def _trace(
     given = {*jaxpr.invars, *jaxpr.constvars}
     residuals = dict.fromkeys(v for v in jaxpr.outvars[len(outputs) :] if not isinstance(v, Literal))
     saved = tuple(var for var in residuals if var not in given)
-    return _Trace(jaxpr, len(outputs), moving, jax.tree.structure(pull), saved), list(closed.consts)
+    names = places.names(jaxpr)
+    leaving = frozenset(var for var in saved if names.get(var) in places.on_host)
+    in_place = frozenset(var for var in saved if names.get(var) in places.in_place)
+    pull = jax.tree.structure(pull)
+    return _Trace(jaxpr, len(outputs), moving, pull, saved, leaving, in_place), list(closed.consts)
 
 
 def _loop(
@@ -278,18 +348,6 @@ def _read(values: Mapping[Var, Value], var: Var | Literal) -> Value:
     return var.val if isinstance(var, Literal) else values[var]
 
 
-def _names(jaxpr: Any) -> dict[Var, str]:
-    """Names of values."""
-    names: dict[Var, str] = {}
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "name":
-            names[equation.outvars[0]] = equation.params["name"]
-        elif equation.primitive.name == "reduce_precision" and equation.invars[0] in names:
-            # `jax.checkpoint` rounds what it saves to its own type, which changes nothing.
-            names[equation.outvars[0]] = names[equation.invars[0]]
-    return names
-
-
 def _of_a_step(leaves: Sequence[jax.Array]) -> list[jax.ShapeDtypeStruct]:
     return [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in leaves]
 
@@ -298,6 +356,31 @@ def _zeros(aval: Any) -> Any:
     if jnp.issubdtype(aval.dtype, jnp.inexact):
         return jnp.zeros(aval.shape, aval.dtype)
     return np.zeros(aval.shape, jax.dtypes.float0)
+
+
+def _to_host(x: jax.Array) -> jax.Array:
+    return jax.device_put(x, jax.memory.Space.Host)
+
+
+def _to_device(x: jax.Array) -> jax.Array:
+    return jax.device_put(x, jax.memory.Space.Device)
+
+
+def _empty(length: int, one: Any, number: int, *, on_host: bool) -> jax.Array:
+    """Room for a stack, which is written before it is read; no other stack has the same number."""
+    if not on_host:
+        return jax.lax.empty((length, *one.shape), one.dtype)
+    # XLA takes memory for it and fills none. For equal arrays it would do so once, and copy.
+    return _to_host(jnp.full((length, *one.shape), number, one.dtype))
+
+
+def _copied_after(x: jax.Array, values: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+    """`x`, and copies of the values that are made once it is there."""
+    if not values:
+        return x, values
+    x, values = jax.lax.optimization_barrier((x, values))
+    true = jax.lax.optimization_barrier(jnp.bool_(True))  # XLA, which drops a plain copy, does not know it
+    return x, [jax.lax.select_n(true, jax.lax.full_like(value, 0), value) for value in values]
 
 
 def _put(stack: jax.Array, value: jax.Array, number: jax.typing.ArrayLike) -> jax.Array:

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from vlmlora.nn.attention import ATTENTION_OUTPUT, FUSED_ATTENTION
 from vlmlora.nn.linear import Linear
 from vlmlora.nn.saved import Checkpoint, name_for_policies, saving, stacks_are_carried
 from vlmlora.nn.scan_in_place import scan_in_place
@@ -94,15 +95,25 @@ def scan_layers(
         per_layer: arrays with a leading layer axis that `call` receives slices of.
         key: split into one key a layer for dropout; None for none.
         remat: wraps the body of the scan; the layer's input is named `LAYER_INPUT` inside of it. Where a
-            `Checkpoint` keeps values that can be computed in place, the scan is `scan_in_place`, which has no
-            forward derivative.
+            `Checkpoint` keeps values that can be computed in place, or more than the input in host memory,
+            the scan is `scan_in_place`, which has no forward derivative.
 
     Returns:
         The last layer's output, and the layers' own outputs stacked.
     """
     body, steps = _body_and_steps(layers, call, per_layer, key)
-    if isinstance(remat, Checkpoint) and remat.in_place and stacks_are_carried() and not _is_sharded(layers):
-        return scan_in_place(remat.for_scan_in_place(body), x, steps, in_place=remat.in_place)
+    # A layer's input alone has nearly all of a layer's time to leave in a plain scan too.
+    is_ours = isinstance(remat, Checkpoint) and (remat.in_place or remat.on_host - {LAYER_INPUT})
+    if is_ours and stacks_are_carried() and not _is_sharded(layers):
+        return scan_in_place(
+            remat.for_scan_in_place(body),
+            x,
+            steps,
+            in_place=remat.in_place,
+            on_host=remat.on_host,
+            name_of_x=LAYER_INPUT,
+            named_primitives={FUSED_ATTENTION: ATTENTION_OUTPUT},
+        )
     return jax.lax.scan(body if remat is None else remat(body), x, steps)
 
 

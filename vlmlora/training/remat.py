@@ -134,8 +134,14 @@ def remat_policy(policy: GradientCheckpointing, *, offloads: bool | None = None)
     kept = [name for name in saved if name != LAYER_INPUT]
     if not kept and not offloaded:
         return remat_policy(True)
-    in_place = frozenset() if offloaded else IN_PLACE.intersection(kept)
-    return Checkpoint(frozenset((*kept, *offloaded)), _keep(kept, offloaded), in_place)
+    on_device = _keep([*kept, *(name for name in offloaded if name != LAYER_INPUT)], [])
+    return Checkpoint(
+        kept=frozenset((*kept, *offloaded)),
+        policy=_keep(kept, offloaded),
+        in_place=frozenset() if offloaded else IN_PLACE.intersection(kept),
+        on_host=frozenset(offloaded),
+        policy_on_device=on_device,
+    )
 
 
 def tower_remats(policy: GradientCheckpointing, *, offloads: bool | None = None) -> TowerRemats:
