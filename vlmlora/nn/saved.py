@@ -1,6 +1,6 @@
 """Values that checkpoint policies know by name."""
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from functools import wraps
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 _SAVED: ContextVar[Set[str] | None] = ContextVar("saved", default=None)
@@ -58,6 +59,12 @@ def name_for_policies(x: jax.Array, name: str) -> jax.Array:
     # Without the barrier XLA runs a product that is used and saved twice: for its use, and again with the
     # stack of saved values as the place of its result. What is read there once it is saved is used once.
     return checkpoint_name(x if name in _IN_PLACE.get() else jax.lax.optimization_barrier(x), name)
+
+
+def computed(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """The same arrays as results of a computation, which XLA, unlike a copy, neither drops nor moves."""
+    true = jax.lax.optimization_barrier(jnp.bool_(True))  # XLA does not know that it is
+    return [jax.lax.select_n(true, jax.lax.full_like(array, 0), array) for array in arrays]
 
 
 @contextmanager

@@ -24,6 +24,8 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Literal, Var
 from jaxtyping import PyTree
 
+from vlmlora.nn.saved import computed
+
 
 def scan_in_place(
     body: Callable[[jax.Array, PyTree], tuple[jax.Array, PyTree]],
@@ -200,9 +202,10 @@ def _forward(one_step: OneStep, places: _Places, constants, x, leaves):
         else:
             x = _take(xs, number)
         x, *outputs = _evaluate(trace.jaxpr, closed_over, [*constants, x, *leaves], keep)[: trace.outputs]
-        x, copies = _copied_after(x, list(leaving.values()))
-        for each, copy in zip(leaving, copies, strict=True):
-            stacks[each] = _put(stacks[each], _to_host(copy), number)
+        if leaving:
+            x, values = jax.lax.optimization_barrier((x, list(leaving.values())))
+            for each, copy in zip(leaving, computed(values), strict=True):
+                stacks[each] = _put(stacks[each], _to_host(copy), number)
         if places.x_on_host:
             return (x, xs, stacks), outputs
         return (None, _put(xs, x, number + 1), stacks), outputs
@@ -372,15 +375,6 @@ def _empty(length: int, one: Any, number: int, *, on_host: bool) -> jax.Array:
         return jax.lax.empty((length, *one.shape), one.dtype)
     # XLA takes memory for it and fills none. For equal arrays it would do so once, and copy.
     return _to_host(jnp.full((length, *one.shape), number, one.dtype))
-
-
-def _copied_after(x: jax.Array, values: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
-    """`x`, and copies of the values that are made once it is there."""
-    if not values:
-        return x, values
-    x, values = jax.lax.optimization_barrier((x, values))
-    true = jax.lax.optimization_barrier(jnp.bool_(True))  # XLA, which drops a plain copy, does not know it
-    return x, [jax.lax.select_n(true, jax.lax.full_like(value, 0), value) for value in values]
 
 
 def _put(stack: jax.Array, value: jax.Array, number: jax.typing.ArrayLike) -> jax.Array:

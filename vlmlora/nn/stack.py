@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from vlmlora.nn.attention import ATTENTION_OUTPUT, FUSED_ATTENTION
 from vlmlora.nn.linear import Linear
-from vlmlora.nn.saved import Checkpoint, name_for_policies, saving, stacks_are_carried
+from vlmlora.nn.saved import Checkpoint, computed, name_for_policies, saving, stacks_are_carried
 from vlmlora.nn.scan_in_place import scan_in_place
 from vlmlora.nn.trained import TRAINED
 from vlmlora.nn.variables import Trainable
@@ -248,12 +248,9 @@ def _compute_slices(slices: PyTree) -> PyTree:
     would stand behind a layer's input that is on its way to host memory, for which nothing else waits.
     Weights stay as they are: products read their part of a stack where it lies.
     """
-    true = jax.lax.optimization_barrier(jnp.bool_(True))  # XLA does not know that it is
-
-    def compute(leaf: Any) -> Any:
-        return leaf if _is_weight(leaf) else jax.lax.select_n(true, jax.lax.full_like(leaf, 0), leaf)
-
-    return jax.tree.map(compute, slices, is_leaf=_is_weight)
+    leaves, structure = jax.tree.flatten(slices, is_leaf=_is_weight)
+    results = iter(computed([leaf for leaf in leaves if not _is_weight(leaf)]))
+    return jax.tree.unflatten(structure, [leaf if _is_weight(leaf) else next(results) for leaf in leaves])
 
 
 def _trained_by_step(
