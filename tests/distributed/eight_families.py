@@ -43,9 +43,10 @@ def test_gradients_on_a_mesh_are_those_of_one_device(family):
         loss, gradients = jax.jit(jax.value_and_grad(loss_fn))(adapters, frozen, batch)
         found.append((loss, jax.tree.map(np.asarray, gradients)))
     (wanted, wanted_gradients), (loss, gradients) = found
-    # float32 sums in another order, through two towers of random weights.
+    # float32 sums in another order, through two towers of random weights. On one device, adapters that differ
+    # by half a unit in their last place move a gradient by up to 7e-4 of its largest element.
     np.testing.assert_allclose(loss, wanted, rtol=1e-5)
     leaves = jax.tree.leaves(wanted_gradients)
     for (path, ours), theirs in zip(jax.tree.leaves_with_path(gradients), leaves, strict=True):
-        atol = 5e-4 * np.abs(theirs).max()
+        atol = 2e-3 * np.abs(theirs).max()
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path))
