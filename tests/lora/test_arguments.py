@@ -199,6 +199,13 @@ def test_random_adapters_compute_the_same_in_peft(base, shared, flags, targets):
     assert_both_ways(base, {**shared, **flags, "target_modules": targets})
 
 
+def test_the_bias_of_a_layer_that_is_saved_as_a_whole(base):
+    """Which PEFT writes twice."""
+    flags = {"finetune_vision_layers": False, "finetune_language_layers": False, "finetune_projector": True}
+    trained = {"bias": "all", "modules_to_save": ["merger.mlp.2"]}
+    assert_both_ways(base, {"r": 1, "init_lora_weights": True, **trained, **flags})
+
+
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None, **FIXTURES)
 @given(shared=st.fixed_dictionaries(SHARED), flags=st.fixed_dictionaries(FLAGS), targets=optional(TARGETS))

@@ -506,7 +506,8 @@ def _parameter_name(name: str) -> str:
     """The parameter of the base model that an entry of the file holds."""
     if name.endswith(_TOKENS):
         return name
-    return re.sub(r"\.modules_to_save\.[^.]+(?=\.)|\.base_layer(?=\.bias$)", "", name)
+    # Of a linear layer saved as a whole `bias="all"` has PEFT write the bias again, without an adapter name.
+    return re.sub(r"\.modules_to_save(\.[^.]+(?=\.)|(?=\.bias$))|\.base_layer(?=\.bias$)", "", name)
 
 
 def _match_trained(
