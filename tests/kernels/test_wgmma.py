@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.kernels import emulator
 from vlmlora_kernels import CODE_BOOKS, DYNAMIC_CODE, NestedAbsmax, double_dequantize
-from vlmlora_kernels.hopper import wgmma
+from vlmlora_kernels.hopper import schedule, wgmma
 from vlmlora_kernels.hopper.scales import scales_by_column
 
 THREADS = 256
@@ -116,8 +116,8 @@ def test_sums_that_are_handed_over_are_added_where_they_belong(threads):
     mine, theirs = (rng.standard_normal((32, 2, THREADS)).astype(np.float32) for _ in range(2))
     memory = shared(np.full(128 * 64, np.nan, np.float32))
     emulator._state["masks"] = [np.arange(THREADS) < 128]  # one warpgroup
-    wgmma.store_sums(emulator, memory, [list(pair) for pair in theirs])
-    total = np.array(wgmma.add_sums(emulator, memory, [list(pair) for pair in mine]))
+    schedule.store_sums(emulator, memory, [list(pair) for pair in theirs])
+    total = np.array(schedule.add_sums(emulator, memory, [list(pair) for pair in mine]))
     np.testing.assert_array_equal(total[..., :128], (mine + theirs)[..., :128])
 
 
@@ -125,20 +125,23 @@ def test_sums_that_are_handed_over_are_added_where_they_belong(threads):
     tiles=st.integers(1, 700),
     steps=st.integers(1, 300),
     most_blocks=st.integers(1, 132),
-    split=st.booleans(),
+    how=st.sampled_from(["whole", "balanced", "in step"]),
 )
 @settings(deadline=None)
-def test_every_step_is_taken_once_and_every_sum_is_waited_for(tiles, steps, most_blocks, split):
-    schedule = wgmma.Schedule.balanced(tiles, steps, most_blocks, split)
-    blocks = range(schedule.blocks)
+def test_every_step_is_taken_once_and_every_sum_is_waited_for(tiles, steps, most_blocks, how):
+    if how == "in step":
+        plan = schedule.Schedule.in_step(tiles, steps, most_blocks)
+    else:
+        plan = schedule.Schedule.balanced(tiles, steps, most_blocks, how == "balanced")
+    blocks = range(plan.blocks)
     taken = np.zeros((tiles, steps), int)
     handed, awaited = [], []
-    with mock.patch.object(wgmma, "jnp", np):  # which compiles nothing
-        counts = [schedule.count(block) for block in blocks]
+    with mock.patch.object(schedule, "jnp", np):  # which compiles nothing
+        counts = [plan.count(block) for block in blocks]
         for block, count in zip(blocks, counts, strict=True):
-            tile, step = schedule.position(block, np.arange(count))
+            tile, step = plan.position(block, np.arange(count))
             np.add.at(taken, (tile, step), 1)
-            pieces = schedule.piece(block, np.arange(schedule.pieces(block)))
+            pieces = plan.piece(block, np.arange(plan.pieces(block)))
             begin, end, starts, ends = pieces
             # The pieces are the runs of steps of the same tile.
             np.testing.assert_array_equal(begin, np.flatnonzero(np.diff(tile, prepend=-1)))
@@ -148,12 +151,14 @@ def test_every_step_is_taken_once_and_every_sum_is_waited_for(tiles, steps, most
             handed += [block] * int((~starts).sum())
             if (starts & ~ends).any():
                 assert np.flatnonzero(starts & ~ends).tolist() == [len(begin) - 1]
-                awaited += range(block + 1, schedule.last_sharing(block) + 1)
+                awaited += range(block + 1, plan.last_sharing(block) + 1)
     assert (taken == 1).all()
     assert handed == awaited == sorted(set(awaited)), "each hands over one sum, which one block awaits"
-    assert schedule.split or not handed
-    if schedule.split:
+    assert plan.sharers or not handed
+    if plan.sharers and how == "balanced":
         assert np.ptp(counts) <= 1
+    if how == "in step":
+        assert max(counts) <= steps * -(-tiles // most_blocks), "no longer than without sharing"
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -27,20 +27,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.mosaic.gpu import fragmented_array as fragments
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import vector
 from jaxtyping import Array, BFloat16, Float, UInt8
 
 from vlmlora_kernels.hopper import simt
 from vlmlora_kernels.hopper.launch import MULTIPROCESSORS, varying_like
+from vlmlora_kernels.hopper.schedule import Schedule, add_sums, in_wgmma_layout, pairs_of, store_sums
 
 BLOCK = 64  # elements that share a scale, and the step along the summed axis
 ROWS = 128  # rows of the transposed result that a block of threads owns
 _GROUP_ROWS = 64  # of which a warpgroup multiplies
 _TABLE_WORDS = 256 * 32  # 128 bytes for each byte of codes
 _PIECE = 64  # tokens that are written at a time
-_FEWEST_STEPS = 8  # of a block, if there are more blocks than tiles
-_SHARING_STEPS = 6  # as long as it takes to hand a tile's sums over
 _SWIZZLE = (plgpu.SwizzleTransform(128),)
 # The same bytes in the words of ``wgmma``. A copy in these words would have to end at a multiple of 8 tokens.
 _TILED_SWIZZLE = (plgpu.TilingTransform((8, 64)), *_SWIZZLE)
@@ -63,93 +60,6 @@ class Tuning:
     cluster: int = 1
     exact: bool = True
     split: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """Which steps of which tiles each block of threads takes, in order.
-
-    First come whole tiles, in turn. The steps of those that are left, one tile after the other, are cut into
-    equal shares, or with `split` off into whole tiles. Its methods take integers of Python or of JAX.
-
-    Attributes:
-        tiles: of the result.
-        steps: along the summed axis of a tile.
-        blocks: of threads.
-        whole: tiles that each block takes whole.
-        split: whether the rest is cut into equal shares.
-    """
-
-    tiles: int
-    steps: int
-    blocks: int
-    whole: int
-    split: bool
-
-    @staticmethod
-    def balanced(tiles: int, steps: int, most_blocks: int, split: bool) -> "Schedule":
-        """The schedule that ends soonest.
-
-        Args:
-            tiles: of the result.
-            steps: of a tile.
-            most_blocks: that run at a time.
-            split: allow shared tiles.
-        """
-        waves, rest = divmod(tiles, most_blocks)
-        # Without sharing, the last wave lasts as long as a whole one.
-        gain = steps * (1 - rest / most_blocks) if rest else 0
-        if not split or gain <= _SHARING_STEPS:
-            return Schedule(tiles, steps, min(tiles, most_blocks), waves, False)
-        blocks = max(1, min(most_blocks, tiles * steps // _FEWEST_STEPS))
-        # At least a tile for each block is left, so that no more than two or three share one.
-        return Schedule(tiles, steps, blocks, max(0, tiles // blocks - 1), True)
-
-    @property
-    def shared(self) -> int:
-        """Steps that are cut into shares."""
-        return (self.tiles - self.whole * self.blocks) * self.steps
-
-    def first(self, block: Any) -> Any:
-        """The first of the shared steps that a block takes; those of the next block follow its own."""
-        if self.split:
-            return block * self.shared // self.blocks
-        return jnp.minimum(block * self.steps, self.shared)
-
-    def count(self, block: Any) -> Any:
-        """How many steps a block takes."""
-        return self.whole * self.steps + self.first(block + 1) - self.first(block)
-
-    def pieces(self, block: Any) -> Any:
-        """Of how many tiles these are."""
-        return self.whole + pl.cdiv(self.first(block + 1), self.steps) - self.first(block) // self.steps
-
-    def position(self, block: Any, number: Any) -> tuple:
-        """A block's step of this number: tile, and step of the tile."""
-        own = self.whole * self.steps
-        is_whole = number < own
-        step = jnp.where(is_whole, number, number - own + self.first(block))
-        tile = step // self.steps
-        return jnp.where(
-            is_whole, tile * self.blocks + block, self.whole * self.blocks + tile
-        ), step % self.steps
-
-    def piece(self, block: Any, number: Any) -> tuple:
-        """A block's tile of this number: the block's first step of it, its end, and whether the tile starts
-        and ends with them."""
-        first, last = self.first(block), self.first(block + 1)
-        start = (first // self.steps + number - self.whole) * self.steps
-        stop = start + self.steps
-        own = self.whole * self.steps - first
-        is_whole = number < self.whole
-        begin = jnp.where(is_whole, number * self.steps, jnp.maximum(start, first) + own)
-        end = jnp.where(is_whole, (number + 1) * self.steps, jnp.minimum(stop, last) + own)
-        return begin, end, is_whole | (start >= first), is_whole | (stop <= last)
-
-    def last_sharing(self, block: Any) -> Any:
-        """The last block that has steps of the tile of which `block` has the first one, and not the last."""
-        stop = ((self.first(block + 1) - 1) // self.steps + 1) * self.steps
-        return (stop * self.blocks - 1) // self.shared
 
 
 def matmul(
@@ -186,7 +96,7 @@ def matmul(
     collective = {"collective_axes": "pair"} if cluster > 1 else {}
 
     def body(x, codes, scales, out, *rest) -> None:
-        sums, rest = (rest[0], rest[1:]) if schedule.split else (None, rest)
+        sums, rest = (rest[0], rest[1:]) if schedule.sharers else (None, rest)
         x_views, code_tiles, scale_tiles, table, pieces, full, free = rest
         x_tiles, x_operands = x_views
         group = lax.axis_index("warpgroup")
@@ -194,7 +104,7 @@ def matmul(
         # Blocks start in the order of their numbers: none waits for one that starts later.
         block = schedule.blocks - 1 - lax.axis_index("block")
         count = schedule.count(block)
-        if schedule.split:
+        if schedule.sharers:
             ready = pl.get_global(plgpu.SemaphoreType.REGULAR((schedule.blocks * cluster * 2,)))
 
         def place(number: Any) -> tuple:
@@ -260,7 +170,7 @@ def matmul(
                 )
                 def operand(_, *refs: Any) -> fragments.FragmentedArray:
                     pointers = [simt.Pointer(ref, simt.SHARED) for ref in refs]
-                    return _in_wgmma_layout(decode(simt, *pointers, tuning.exact))
+                    return in_wgmma_layout(decode(simt, *pointers, tuning.exact))
 
                 values = operand(code_tiles.at[slot], scale_tiles.at[slot], table)
                 return values.astype(jnp.bfloat16)
@@ -306,7 +216,7 @@ def matmul(
             def hand_over(result: jax.Array) -> None:
                 @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
                 def store(_, ref: Any, result: fragments.FragmentedArray) -> None:
-                    store_sums(simt, simt.Pointer(ref, simt.GLOBAL), _pairs(result))
+                    store_sums(simt, simt.Pointer(ref, simt.GLOBAL), pairs_of(result))
 
                 store(sums.at[share(block)], result)
                 plgpu.semaphore_signal(ready.at[share(block)], memory_scope="gpu")
@@ -321,7 +231,7 @@ def matmul(
                     ),
                 )
                 def add(_, ref: Any, result: fragments.FragmentedArray) -> fragments.FragmentedArray:
-                    return _in_wgmma_layout(add_sums(simt, simt.Pointer(ref, simt.GLOBAL), _pairs(result)))
+                    return in_wgmma_layout(add_sums(simt, simt.Pointer(ref, simt.GLOBAL), pairs_of(result)))
 
                 return add(sums.at[share(of)], result)
 
@@ -333,7 +243,7 @@ def matmul(
 
                     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(_SWIZZLE), plgpu.Layout.WGMMA))
                     def write(_, ref: Any, part: fragments.FragmentedArray) -> None:
-                        write_piece(simt, simt.Pointer(ref, simt.SHARED), _pairs(part), transposed)
+                        write_piece(simt, simt.Pointer(ref, simt.SHARED), pairs_of(part), transposed)
 
                     write(piece, part)
                     plgpu.commit_smem()
@@ -349,7 +259,7 @@ def matmul(
                 start, end, starts, ends = schedule.piece(block, number)
                 row, token, _ = place(start)
                 result = product(start, end)
-                if not schedule.split:
+                if not schedule.sharers:
                     return write_tile(row, token, result)
 
                 @pl.when(jnp.logical_not(starts))
@@ -371,7 +281,7 @@ def matmul(
     else:
         free = plgpu.Barrier(num_barriers=stages, num_arrivals=2)
     out_type = [jax.ShapeDtypeStruct((tokens, kept), jnp.bfloat16)]
-    if schedule.split:
+    if schedule.sharers:
         out_type.append(
             jax.ShapeDtypeStruct((schedule.blocks * cluster * 2, _GROUP_ROWS * width), jnp.float32)
         )
@@ -512,39 +422,3 @@ def write_piece(t: ModuleType, piece: Any, values: list[list], transposed: bool)
         start = (token << 7) + (((byte >> 4) ^ token) << 4) + (byte & 15)
         for j in range(len(values) // 2):
             t.store_words(piece, start + 1024 * j, [t.pack_bfloat16(values[2 * j][i], values[2 * j + 1][i])])
-
-
-def store_sums(t: ModuleType, sums: Any, values: list[list]) -> None:
-    """Write a warpgroup's sums, pairs of float32, 16 bytes a thread at a time."""
-    thread = t.thread() & 127
-    for i in range(0, len(values), 2):
-        words = [t.as_word(value) for pair in values[i : i + 2] for value in pair]
-        t.store_words(sums, (thread << 4) + 1024 * i, words)
-
-
-def add_sums(t: ModuleType, sums: Any, values: list[list]) -> list[list]:
-    """`values` and what `store_sums` wrote, added."""
-    thread = t.thread() & 127
-    result = []
-    for i in range(0, len(values), 2):
-        words = [t.as_float(word) for word in t.load_written(sums, (thread << 4) + 1024 * i, 4)]
-        for pair, others in zip(values[i : i + 2], (words[:2], words[2:]), strict=True):
-            result.append([t.add(value, other) for value, other in zip(pair, others, strict=True)])
-    return result
-
-
-def _in_wgmma_layout(pairs: list[list[ir.Value]]) -> fragments.FragmentedArray:
-    """What a thread holds, as a float32 array of 64 rows."""
-    type_ = ir.VectorType.get((2,), simt.f32())
-    registers = np.empty((1, len(pairs) // 2, 1, 1, 2, 1, 1, 1, 1), dtype=object)
-    registers.flat = [vector.from_elements(type_, pair) for pair in pairs]
-    return fragments.FragmentedArray(_registers=registers, _layout=fragments.WGMMA_LAYOUT, _is_signed=None)
-
-
-def _pairs(array: fragments.FragmentedArray) -> list[list[ir.Value]]:
-    """What a thread holds of a float32 array in this layout."""
-    positions = [ir.DenseI64ArrayAttr.get([i]) for i in range(2)]
-    return [
-        [vector.extract(register, dynamic_position=[], static_position=at) for at in positions]
-        for register in array.registers.flat
-    ]
