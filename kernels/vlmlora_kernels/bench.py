@@ -40,7 +40,7 @@ from vlmlora_kernels import CODE_BOOKS, DYNAMIC_CODE, NestedAbsmax, dequantize_4
 from vlmlora_kernels.dispatch import explain
 from vlmlora_kernels.hopper import matvec, tuning
 from vlmlora_kernels.hopper.launch import Kernel
-from vlmlora_kernels.lowering import many_tokens
+from vlmlora_kernels.lowering import many_tokens, many_tokens_overlapped
 
 LANGUAGE = {
     "Qwen2.5-VL-7B": [(18944, 3584), (3584, 18944), (3584, 3584), (512, 3584)],
@@ -71,7 +71,16 @@ SWEPT = [
     (18944, 3584),
     (29568, 8192),
 ]
-MANY_SWEPT_SHAPES = [(18944, 3584), (3584, 18944), (3584, 3584), (4096, 14336), (8192, 8192)]
+MANY_SWEPT_SHAPES = [
+    (512, 3584),
+    (1024, 8192),
+    (3584, 3584),
+    (5120, 5120),
+    (4096, 14336),
+    (3584, 18944),
+    (18944, 3584),
+    (8192, 8192),
+]
 MANY_SWEPT = [128, 256, 512, 1024, 2048, 4096, 8192]
 BACKWARD_FROM = 512  # tokens; fewer are generation, which has no backward pass
 _EVICTED_BYTES = 2**28  # five times the L2 cache of an H100 or H200
@@ -532,18 +541,20 @@ def _fastest(times: dict[tuning.FewTokens, dict[Shape, float]]) -> tuning.FewTok
 def many_candidates(tokens: int) -> list[tuning.ManyTokens]:
     """The same for the kernel of many tokens."""
     row = functools.partial(tuning.ManyTokens, tokens)
-    tried = [row(width=256, stages=4), row(width=256, stages=4, exact=False)]
+    tried = [row(width=256, stages=4)] if tokens <= 1024 else []
     if tokens <= 512:
+        tried += [row(width=256, stages=4, exact=False)]
         tried += [row(width=128, stages=6, exact=exact) for exact in (True, False)]
-    if tokens >= 512:
+    if tokens == 512:
         tried += [row(width=256, stages=4, cluster=2), row(width=256, stages=4, split=False)]
-    now = [known for known in tuning.MANY_TOKENS if known.tokens == tokens]
+    now = [dataclasses.replace(each, elements=0) for each in tuning.MANY_TOKENS if each.tokens == tokens]
     return list(dict.fromkeys([*tried, *now]))
 
 
 def sweep_many(shapes: list[Shape], counts: list[int], options: dict) -> tuple[list[Row], str]:
     """Times of the fused product of many tokens with several tiles, both ways, beside cuBLAS alone and after
-    decoding, each checked against that; and the table of the best, as far as they beat decoding."""
+    decoding and the product that decodes meanwhile, each checked against decoding; and the table of the best,
+    as far as they beat the other two."""
     book = CODE_BOOKS["nf4"]
 
     def dense(w: jax.Array, transposed: bool) -> jax.Array:
@@ -559,6 +570,8 @@ def sweep_many(shapes: list[Shape], counts: list[int], options: dict) -> tuple[l
             return lambda x, codes, scales, w: product(x, codes, *scales)
 
         functions = [lambda x, codes, scales, w: x @ dense(w, transposed), decoded]
+        meanwhile = many_tokens_overlapped(book, shape, transposed=transposed)
+        functions += [lambda x, codes, scales, w: meanwhile(x, codes, *scales)]
         functions += [fused(row) for row in many_candidates(count)]
         return lambda: compile_in_turn(functions, operands(shape, count, transposed), options)
 
@@ -572,7 +585,7 @@ def sweep_many(shapes: list[Shape], counts: list[int], options: dict) -> tuple[l
     programs = compile_all((key, job(*key)) for key in keys)
     buffer = jnp.zeros((_EVICTED_BYTES // 4,), jnp.int32)
     rows: list[Row] = []
-    against_decode: dict[int, dict[tuning.ManyTokens, list[float]]] = {count: {} for count in counts}
+    against_others: dict[int, dict[tuning.ManyTokens, dict[int, list[float]]]] = {n: {} for n in counts}
     for (shape, count, transposed), program in programs.items():
         name = {"shape": list(shape), "tokens": count, "what": "dy @ W" if transposed else "x @ W.T"}
         if isinstance(program, Exception):
@@ -581,26 +594,46 @@ def sweep_many(shapes: list[Shape], counts: list[int], options: dict) -> tuple[l
         arrays = jax.tree.map(jnp.asarray, operands(shape, count, transposed))
         results = [result.astype(jnp.float32) for _, result in program(buffer, arrays)]
         tried = many_candidates(count)
-        cublas, decode, *fused = times_us(program, buffer, arrays, len(results), 3)
+        cublas, decode, *others = times_us(program, buffer, arrays, len(results), 3)
         rows.append(name | {"who": "bf16", "us": round(cublas, 2)})
         rows.append(name | {"who": "decode", "us": round(decode, 2)})
         print(*name.values(), f"bf16 {cublas:.1f}, decode {decode:.1f} ({cublas / decode:.3f})", flush=True)
-        for row, us, result in zip(tried, fused, results[2:], strict=True):
+        for row, us, result in zip((None, *tried), others, results[2:], strict=True):
             error = float(jnp.max(jnp.abs(result - results[1])) / jnp.max(jnp.abs(results[1])))
             is_right = error < 2**-6
-            rows.append(name | {"who": "fused", "tuning": dataclasses.asdict(row), "us": round(us, 2)})
-            rows[-1] |= {"error": error}
-            print(f"    {us:.1f} ({cublas / us:.3f}), error {error:.1e}{'' if is_right else ' WRONG'}", row)
-            if is_right:
-                against_decode[count].setdefault(row, []).append(us / decode)
+            which = (
+                {"who": "overlapped"} if row is None else {"who": "fused", "tuning": dataclasses.asdict(row)}
+            )
+            rows.append(name | which | {"us": round(us, 2), "error": error})
+            verdict = f"error {error:.1e}{'' if is_right else ' WRONG'}"
+            print(f"    {us:.1f} ({cublas / us:.3f}), {verdict}", row or "overlapped", flush=True)
+            if row is not None and is_right:
+                ratios = against_others[count].setdefault(row, {}).setdefault(math.prod(shape), [])
+                ratios.append(us / min(decode, others[0]))
     lines = ["MANY_TOKENS = ("]
-    for found in against_decode.values():
-        complete = {row: sum(ratios) for row, ratios in found.items() if len(ratios) == 2 * len(shapes)}
-        best = min(complete, key=complete.__getitem__, default=None)
-        if best is None or complete[best] >= 2 * len(shapes):
+    for found in against_others.values():
+        limited = [pair for row, ratios in found.items() if (pair := _where_faster(row, ratios, shapes))]
+        if not limited:
             break
-        lines.append(f"    {_as_code(best)},")
+        lines.append(f"    {_as_code(min(limited, key=lambda pair: pair[0])[1])},")
     return rows, "\n".join([*lines, ")"])
+
+
+def _where_faster(
+    row: tuning.ManyTokens, ratios: dict[int, list[float]], shapes: list[Shape]
+) -> tuple[float, tuning.ManyTokens] | None:
+    """Times of a row, by elements of the weight, as parts of those of the best other way: their sum where the
+    row is faster both ways together, with 1 for others, and the row with the fewest elements for which it is;
+    None if that is so of no weight, or results were wrong."""
+    sizes = sorted((math.prod(shape) for shape in shapes), reverse=True)
+    if sum(map(len, ratios.values())) < 2 * len(shapes):
+        return None
+    means = [statistics.mean(ratios[size]) for size in sizes]
+    faster = list(itertools.takewhile(lambda mean: mean < 1, means))
+    if not faster:
+        return None
+    elements = 2 ** (sizes[len(faster) - 1].bit_length() - 1)
+    return sum(faster) + len(means) - len(faster), dataclasses.replace(row, elements=elements)
 
 
 def table(rows: list[Row]) -> str:

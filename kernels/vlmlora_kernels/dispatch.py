@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from vlmlora_kernels.hopper.in_place import BLOCK, PRIMITIVES
-from vlmlora_kernels.hopper.tuning import FUSED_TOKENS, most_fused_tokens
+from vlmlora_kernels.hopper.tuning import FUSED_TOKENS, is_overlapped_fastest, most_fused_tokens
 
-FUSED, DECODE, XLA = "fused", "decode", "xla"
-IMPLEMENTATIONS = (FUSED, DECODE, XLA)
+FUSED, OVERLAPPED, DECODE, XLA = "fused", "overlapped", "decode", "xla"
+IMPLEMENTATIONS = (FUSED, OVERLAPPED, DECODE, XLA)
 _BLOCKSIZE = 64
 
 
@@ -22,8 +22,8 @@ class Choice:
     """How an operation runs.
 
     Attributes:
-        implementation: ``"fused"`` (a kernel reads the codes and multiplies), ``"decode"`` (a kernel writes
-            W, which a product hands to cuBLAS) or ``"xla"``.
+        implementation: ``"fused"`` (a kernel reads the codes and multiplies), ``"overlapped"`` (one writes W
+            while it multiplies), ``"decode"`` (one writes W, and cuBLAS multiplies) or ``"xla"``.
         reason: why, in one sentence.
     """
 
@@ -65,6 +65,7 @@ def explain(
         )
     obstacles = {
         FUSED: _obstacle_to_fused(tokens, shape, kind, jnp.dtype(dtype), blocksize, backward),
+        OVERLAPPED: _obstacle_to_overlapped(tokens, shape, kind, jnp.dtype(dtype), blocksize),
         DECODE: _obstacle_to_decode(shape, kind, jnp.dtype(dtype), blocksize),
         XLA: None,
     }
@@ -82,6 +83,8 @@ def explain(
         return Choice(XLA, obstacle)
     if not obstacles[FUSED] and tokens <= most_fused_tokens(kind, shape):
         return Choice(FUSED, f"{tokens} tokens, where reading W is a good part of the work")
+    if not obstacles[OVERLAPPED] and is_overlapped_fastest(tokens, shape):
+        return Choice(OVERLAPPED, f"{tokens} tokens, which are long enough at work to decode W meanwhile")
     if not obstacles[DECODE]:
         why = f"{tokens} tokens and a weight of {shape}, where decoding W and then multiplying is faster"
         return Choice(DECODE, "a decoding" if tokens is None else obstacles[FUSED] or why)
@@ -110,6 +113,18 @@ def _obstacle_to_fused(tokens, shape, kind, dtype, blocksize, backward) -> str |
         if shape[0] % 8:
             return f"the kernel for many tokens takes a multiple of 8 outputs, and W has {shape[0]}"
     return _obstacle_of_size(shape, 2**32 if kind == "int8" else 2**33)
+
+
+def _obstacle_to_overlapped(tokens, shape, kind, dtype, blocksize) -> str | None:
+    if not tokens:
+        return "it is no product" if tokens is None else "it is empty"
+    if dtype != jnp.bfloat16:
+        return f"the kernel takes bfloat16, and x is {dtype}"
+    if shape[0] % 8 or shape[1] % _BLOCKSIZE:
+        return (
+            f"the kernel takes outputs by 8 and inputs by {_BLOCKSIZE}, and W has {shape[0]} and {shape[1]}"
+        )
+    return _obstacle_to_decode(shape, kind, dtype, blocksize)
 
 
 def _obstacle_to_decode(shape, kind, dtype, blocksize) -> str | None:

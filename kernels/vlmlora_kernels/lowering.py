@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmlora_kernels.hopper import matvec, wgmma
+from vlmlora_kernels.hopper import matvec, overlapped, wgmma
 from vlmlora_kernels.hopper.scales import scales_by_column
 from vlmlora_kernels.hopper.tuning import FUSED_TOKENS, ManyTokens, many_tokens_row, matvec_tuning
 
@@ -64,6 +64,27 @@ def many_tokens(
         kernel = wgmma.matmul(book, tokens=len(flat), shape=shape, transposed=transposed, tuning=tuning)
         by_column = scales_by_column(shape, nested=len(scales) > 1)
         y = kernel(flat, codes, by_column(*scales))
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    return _joining_batch(product, None)
+
+
+def many_tokens_overlapped(book: np.ndarray, shape: tuple[int, int], *, transposed: bool) -> Callable:
+    """The product of many tokens that decodes W meanwhile; called as that of few.
+
+    Args:
+        book: the 16 values.
+        shape: (out, in).
+        transposed: multiply by W, for a gradient, and not by its transpose.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def product(x: jax.Array, codes: jax.Array, *scales: jax.Array) -> jax.Array:
+        flat = x.reshape(-1, x.shape[-1])
+        kernel = overlapped.matmul(
+            book, tokens=len(flat), shape=shape, transposed=transposed, nested=len(scales) > 1
+        )
+        y = kernel(flat, codes, *scales)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     return _joining_batch(product, None)

@@ -23,11 +23,11 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
-from vlmlora_kernels.dispatch import DECODE, FUSED, explain
+from vlmlora_kernels.dispatch import DECODE, FUSED, OVERLAPPED, explain
 from vlmlora_kernels.hopper import dequantize as hopper_dequantize
 from vlmlora_kernels.hopper import matvec
 from vlmlora_kernels.hopper.tuning import FUSED_TOKENS
-from vlmlora_kernels.lowering import few_tokens, many_tokens, on_cuda, one_by_one
+from vlmlora_kernels.lowering import few_tokens, many_tokens, many_tokens_overlapped, on_cuda, one_by_one
 
 NESTED_BLOCKSIZE = 256
 
@@ -343,8 +343,8 @@ def matmul_4bit(
         shape: (out, in).
         quant_type: ``"nf4"`` or ``"fp4"``.
         blocksize: elements that share a scale; even.
-        implementation: ``"fused"``, ``"decode"`` or ``"xla"`` to insist on one; see `explain`. The backward
-            pass follows, and decodes with a kernel where ``"fused"`` cannot run it.
+        implementation: ``"fused"``, ``"overlapped"``, ``"decode"`` or ``"xla"`` to insist on one; see
+            `explain`. The backward pass follows, and takes another kernel where ``"fused"`` cannot run it.
 
     Raises:
         ValueError: as `dequantize_4bit`.
@@ -364,10 +364,12 @@ def _matmul(x, codes, absmax, layout):
         return jnp.matmul(x, _decode(codes, _absmax(scales), layout, x.dtype).T)
 
     arrays = (x, codes, *_scale_arrays(absmax))
-    if choice.implementation != FUSED:
+    if choice.implementation not in (FUSED, OVERLAPPED):
         return decoded(*arrays)
     _check_fit(codes, absmax, shape, blocksize)
-    if tokens <= FUSED_TOKENS:
+    if choice.implementation == OVERLAPPED:
+        fused = many_tokens_overlapped(CODE_BOOKS[quant_type], shape, transposed=False)
+    elif tokens <= FUSED_TOKENS:
         fused = few_tokens(matvec.FourBit(CODE_BOOKS[quant_type], isinstance(absmax, NestedAbsmax)), shape)
     else:
         fused = many_tokens(CODE_BOOKS[quant_type], shape, transposed=False)
@@ -395,9 +397,10 @@ def _matmul_bwd(layout, residuals, dy):
         return jnp.matmul(dy, _decode(codes, _absmax(scales), layout, dy.dtype))
 
     arrays = (dy, codes, *_scale_arrays(absmax))
-    if choice.implementation != FUSED:
+    if choice.implementation not in (FUSED, OVERLAPPED):
         return decoded(*arrays), None, None
-    fused = many_tokens(CODE_BOOKS[quant_type], shape, transposed=True)
+    product = many_tokens_overlapped if choice.implementation == OVERLAPPED else many_tokens
+    fused = product(CODE_BOOKS[quant_type], shape, transposed=True)
     return fused(*arrays) if implementation else on_cuda(fused, decoded, *arrays), None, None
 
 
@@ -413,7 +416,7 @@ def _decode(codes, absmax, layout, dtype):
         dtype=dtype,
         quant_type=quant_type,
         blocksize=blocksize,
-        implementation=None if implementation == FUSED else implementation,
+        implementation=None if implementation in (FUSED, OVERLAPPED) else implementation,
     )
 
 

@@ -22,6 +22,7 @@ from vlmlora_kernels import (
     matmul_int8,
 )
 from vlmlora_kernels.bench import candidates, compile_all, many_candidates
+from vlmlora_kernels.hopper import overlapped
 from vlmlora_kernels.hopper.matvec import EightBit, FourBit, matmul
 from vlmlora_kernels.hopper.tuning import FEW_TOKENS, FUSED_TOKENS, ROWS, cut
 from vlmlora_kernels.lowering import many_tokens
@@ -161,8 +162,8 @@ def makers(program, type_):
     return set(found)
 
 
-@pytest.mark.parametrize("tokens", [4, 300])
-def test_a_scan_with_remat_copies_no_codes(tokens):
+@pytest.mark.parametrize(("tokens", "how"), [(4, None), (300, None), (300, "overlapped")])
+def test_a_scan_with_remat_copies_no_codes(tokens, how):
     shape, layers = (512, 512), 3
     size = math.prod(shape)
     weights = [four_bit(k, shape) for k in jax.random.split(jax.random.key(0), layers)]
@@ -170,7 +171,8 @@ def test_a_scan_with_remat_copies_no_codes(tokens):
 
     def loss(x, stack):
         body = jax.checkpoint(
-            lambda x, w: (x + jnp.tanh(matmul_4bit(x, *w, shape=shape)), None), prevent_cse=False
+            lambda x, w: (x + jnp.tanh(matmul_4bit(x, *w, shape=shape, implementation=how)), None),
+            prevent_cse=False,
         )
         return jax.lax.scan(body, x, stack)[0].astype(jnp.float32).sum()
 
@@ -206,9 +208,10 @@ def test_scan_checkpoint_and_vmap(key):
     np.testing.assert_array_equal(jax.vmap(product, (0, None))(xs, weights[0])[1], -product(x, weights[0]))
 
 
+@pytest.mark.parametrize("how", ["fused", "overlapped"])
 @pytest.mark.parametrize("tokens", [65, 128, 200, 512, 1000, 2048])
 @pytest.mark.parametrize("shape", [(3584, 3584), (1000, 1088), (520, 18944), (18944, 512)])
-def test_products_of_many_tokens(key, shape, tokens):
+def test_products_of_many_tokens(key, shape, tokens, how):
     one, two, three = jax.random.split(key, 3)
     codes, absmax = four_bit(one, shape)
     x = jax.random.normal(two, (tokens, shape[1]), jnp.bfloat16)
@@ -216,7 +219,7 @@ def test_products_of_many_tokens(key, shape, tokens):
 
     @jax.jit
     def both(x, dy):
-        product = functools.partial(matmul_4bit, shape=shape, implementation="fused")
+        product = functools.partial(matmul_4bit, shape=shape, implementation=how)
         y, pullback = jax.vjp(lambda x: product(x, codes, absmax), x)
         return y, pullback(dy)[0]
 
@@ -230,6 +233,34 @@ def test_products_of_many_tokens(key, shape, tokens):
         again = both(x, dy)
         np.testing.assert_array_equal(y, again[0])
         np.testing.assert_array_equal(dx, again[1])
+
+
+@pytest.mark.parametrize("shape", [(3584, 3584), (1000, 1088), (8192, 8192)])
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_a_product_waits_for_what_it_decodes(key, shape, cluster):
+    """Weights in turn, so that what another one left behind in the same place is wrong."""
+    tokens = 2048
+    weights = [four_bit(each, shape) for each in jax.random.split(key)]
+    for transposed in (False, True):
+        x = jax.random.normal(key, (tokens, shape[0 if transposed else 1]), jnp.bfloat16)
+        kernel = overlapped.matmul(
+            CODE_BOOKS["nf4"],
+            tokens=tokens,
+            shape=shape,
+            transposed=transposed,
+            nested=True,
+            tuning=overlapped.Tuning(cluster=cluster),
+        )
+        product = jax.jit(lambda x, codes, absmax, kernel=kernel: kernel(x, codes, *absmax))
+        expected = []
+        for codes, absmax in weights:
+            weight = dequantize_4bit(codes, absmax, shape=shape, dtype=jnp.bfloat16, implementation="xla")
+            expected.append(x @ (weight if transposed else weight.T))
+        for number in range(60):
+            y = product(x, *weights[number % 2]).astype(jnp.float32)
+            right = expected[number % 2].astype(jnp.float32)
+            # Both round to bfloat16 what they sum up in float32, in another order.
+            assert float(jnp.max(jnp.abs(y - right))) < 2**-6 * float(jnp.max(jnp.abs(right))), number
 
 
 @pytest.mark.parametrize("tokens", [128, 512, 1024])

@@ -311,6 +311,34 @@ def loop(count, carry, body):
     return carry
 
 
+def loop_while(carry, condition, body):
+    while (runs := condition(carry) & _active()).any():
+        with when(runs):
+            carry = [np.where(runs, new, old) for new, old in zip(body(carry), carry, strict=True)]
+    return carry
+
+
+def _first_lanes():
+    return np.flatnonzero(_active() & (lane().value == 0))
+
+
+def take(pointer):
+    numbers = np.zeros(_state["threads"], np.uint32)
+    _, at = pointer.indices(0, 4)
+    for thread_ in _first_lanes():
+        number = pointer.memory[0, at[0]].view(np.uint32)
+        numbers[thread_] = number[0]
+        pointer.memory[0, at[0]] = (number + 1).view(np.uint8)
+    return Word(numbers)
+
+
+def count_up(pointers):
+    for first in _first_lanes():
+        with when(np.arange(_state["threads"]) == first):
+            for pointer in pointers:
+                store_words(pointer, 0, [load_words(pointer, 0, 1)[0] + 1])
+
+
 def fill(target, source, count, thread_, threads):
     for first in range(0, count, threads):
         index = thread_ + first

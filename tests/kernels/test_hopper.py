@@ -159,9 +159,17 @@ def test_the_platform_is_chosen_when_lowering():
     assert "int8_matmul_few_tokens" in lowered_for("cuda", matmul_int8, x, values, scale)
 
 
-@pytest.mark.parametrize("tokens", [3, 80])
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_scan_with_remat_reads_the_stack_in_place(kind, tokens):
+@pytest.mark.parametrize(
+    ("kind", "tokens", "how"),
+    [
+        ("nf4", 3, None),
+        ("nf4", 80, "fused"),  # of a weight as small as this, decoding would be chosen
+        ("nf4", 80, "overlapped"),
+        ("int8", 3, None),
+        ("int8", 80, None),
+    ],
+)
+def test_a_scan_with_remat_reads_the_stack_in_place(kind, tokens, how):
     shape, layers = (96, 512), 3
     x, codes, scales = arguments(shape, tokens, layers)
     stack, name = "tensor<3x24576xui8>", "nf4_dequantize"
@@ -170,8 +178,7 @@ def test_a_scan_with_remat_reads_the_stack_in_place(kind, tokens):
         scales = jax.ShapeDtypeStruct((layers, shape[0]), jnp.float32)
         stack, name = "tensor<3x96x512xi8>", "stablehlo.convert"
 
-    # For 80 tokens of a weight as small as this, decoding would be chosen.
-    product = functools.partial(matmul_4bit, shape=shape, implementation="fused" if tokens == 80 else None)
+    product = functools.partial(matmul_4bit, shape=shape, implementation=how)
     product = product if kind == "nf4" else matmul_int8
 
     def layer(x, weight):
@@ -183,9 +190,10 @@ def test_a_scan_with_remat_reads_the_stack_in_place(kind, tokens):
         return jax.lax.scan(body, x, (codes, scales))[0].astype(jnp.float32).sum()
 
     text = lowered_for("cuda", jax.value_and_grad(loss), x, codes, scales)
-    if kind == "nf4" and tokens == 80:
-        name = "nf4_matmul_transposed"
-        assert "nf4_matmul_mosaic_gpu" in text
+    if how is not None:
+        kernel = {"fused": "nf4_matmul", "overlapped": "nf4_overlapped"}[how]
+        name = f"{kernel}_transposed"
+        assert f"{kernel}_mosaic_gpu" in text
         assert "nf4_dequantize" not in text
     assert name in text, "the backward pass reads the codes again"
     assert ("few_tokens" in text) == (tokens == 3)
@@ -231,7 +239,14 @@ CASES = [
     (FUSED_TOKENS + 1, (4096, 4096), {"backward": True}, "fused"),
     (FUSED_TOKENS, (4096, 4096), {"backward": True}, "decode"),
     (FUSED_TOKENS + 1, (8196, 4096), {}, "decode"),
-    (2**20, (4096, 4096), {}, "decode"),
+    (1024, (4096, 4096), {}, "decode"),
+    (1024, (8192, 8192), {}, "fused"),
+    (1025, (4096, 4096), {}, "overlapped"),
+    (2**20, (4096, 4096), {"backward": True}, "overlapped"),
+    (2**20, (1024, 8192), {}, "decode"),
+    (2**20, (8196, 4096), {}, "decode"),
+    (2**20, (4096, 4096), {"dtype": "float32"}, "decode"),
+    (2**20, (4096, 4096), {"kind": "int8"}, "xla"),
     (None, (512, 1024), {}, "decode"),
     (4, (10, 3420), {}, "decode"),
     (4, (5, 37), {}, "xla"),
@@ -256,7 +271,7 @@ def test_every_choice_has_a_reason(tokens, shape, more, expected):
 
 
 def test_what_is_asked_for_is_checked():
-    with pytest.raises(ValueError, match="is not one of fused, decode, xla"):
+    with pytest.raises(ValueError, match="is not one of fused, overlapped, decode, xla"):
         explain(1, (8, 256), implementation="triton")
     x, codes, scales = arguments((5, 64))
     with pytest.raises(ValueError, match="256 inputs or more"):

@@ -139,7 +139,6 @@ def dequantize(
         codes, *scales = inputs
         table, scale_table = scratch
         thread = t.thread()
-        lane4 = t.lane() << 2
         indices = [t.block() * per_block + thread + i * threads for i in range(tuning.rounds)]
         safe = indices if whole else [index.min(words - 1) for index in indices]
         loaded = [t.load_words(codes, index << 2, 1, once=True)[0] for index in safe]
@@ -150,7 +149,7 @@ def dequantize(
         t.barrier()
         for index, word, raw in zip(indices, loaded, raw_scales, strict=True):
             scale = decode_scale(t, scales, scale_table, raw)
-            values = [t.multiply(_lookup(t, table, word, nibble, lane4), scale) for nibble in range(ELEMENTS)]
+            values = decode_word(t, table, word, scale)
             if whole:
                 _write(t, out, index, values, is_wide, frame)
             else:
@@ -195,12 +194,16 @@ def fill_table(t: ModuleType, table: Any, book: np.ndarray, thread: Any, warps: 
             t.store_float(table, (thread + first * LANES) << 2, value)
 
 
-def _lookup(t: ModuleType, table: Any, word: Any, nibble: int, lane4: Any) -> Any:
-    """The float32 behind one of the 8 nibbles of a word, in the order of elements."""
-    # The first element of a byte is its high nibble; 7 bits are the bytes of one value's row of the table.
-    shift = 8 * (nibble // 2) + (4 if nibble % 2 == 0 else 0) - 7
-    moved = word >> shift if shift > 0 else word << -shift
-    return t.load_shared_float(table, (moved & 0x780) | lane4)
+def decode_word(t: ModuleType, table: Any, word: Any, scale: Any) -> list:
+    """The 8 float32 behind a word of codes, in the order of elements, times their scale."""
+    own_column = t.lane() << 2
+    values = []
+    for nibble in range(ELEMENTS):
+        # The first element of a byte is its high nibble; 7 bits are the bytes of a value's row of the table.
+        shift = 8 * (nibble // 2) + (4 if nibble % 2 == 0 else 0) - 7
+        moved = word >> shift if shift > 0 else word << -shift
+        values.append(t.multiply(t.load_shared_float(table, (moved & 0x780) | own_column), scale))
+    return values
 
 
 def _write(t: ModuleType, out: Any, index: Any, values: list, is_wide: bool, frame: Frame | None) -> None:
@@ -210,4 +213,9 @@ def _write(t: ModuleType, out: Any, index: Any, values: list, is_wide: bool, fra
         t.store_words(out, (index << 5) + 16, bits[4:])
     else:
         place = index << 4 if frame is None else frame.place(index)
-        t.store_words(out, place, [t.pack_bfloat16(*values[i : i + 2]) for i in range(0, ELEMENTS, 2)])
+        t.store_words(out, place, pack(t, values))
+
+
+def pack(t: ModuleType, values: list) -> list:
+    """Float32 rounded to bfloat16, two in a word."""
+    return [t.pack_bfloat16(*values[i : i + 2]) for i in range(0, len(values), 2)]

@@ -137,6 +137,8 @@ class Pointer:
         return Pointer(None, self.space, self.at(offset))
 
 
+# A copy by the hardware reads past what orders loads and stores.
+_BEFORE_COPIES = "fence.proxy.async.global;"
 _LOADS = {1: ("b32", "$0"), 2: ("v2.b32", "{$0, $1}"), 4: ("v4.b32", "{$0, $1, $2, $3}")}
 
 
@@ -190,6 +192,52 @@ def load_written(pointer: Pointer, offset: Word | int, count: int) -> list[Word]
         has_side_effects=True,
     )
     return [Word(value) for value in result]
+
+
+def load_count(pointer: Pointer, offset: Word | int) -> Word:
+    """Load a number of `count_up`; what was written before it can be read then, and copied."""
+    result = mgpu_utils.inline_ptx(
+        f"ld.acquire.gpu.global.b32 $0, [$1]; {_BEFORE_COPIES}",
+        pointer.at(offset),
+        result_types=i32(),
+        has_side_effects=True,
+    )
+    return Word(result)
+
+
+def wait_for_count(pointer: Pointer, offset: Word | int, count: int) -> None:
+    """Wait until a number of `count_up` is at least `count`; what was written before it can be read then."""
+    mgpu_utils.inline_ptx(
+        "{ .reg .pred fewer; .reg .b32 found; AGAIN: ld.acquire.gpu.global.b32 found, [$0]; "
+        f"setp.lo.u32 fewer, found, {count}; @fewer bra AGAIN; {_BEFORE_COPIES} }}",
+        pointer.at(offset),
+        has_side_effects=True,
+    )
+
+
+def count_up(pointers: Sequence[Pointer]) -> None:
+    """Say that the warp has written something: add one to each of some numbers of global memory."""
+    mgpu_utils.inline_ptx(
+        "bar.warp.sync 0xffffffff; fence.acq_rel.gpu;", has_side_effects=True, convergent=True
+    )
+    with when(lane().equals(0)):
+        for pointer in pointers:
+            mgpu_utils.inline_ptx(
+                "red.relaxed.gpu.global.add.u32 [$0], 1;", pointer.at(0), has_side_effects=True
+            )
+
+
+def take(pointer: Pointer) -> Word:
+    """In lane 0, the number at a pointer to global memory, of which every warp that asks gets the next."""
+    number = mgpu_utils.inline_ptx(
+        "{ .reg .pred first; setp.eq.u32 first, $2, 0; mov.b32 $0, 0; "
+        "@first atom.relaxed.gpu.global.add.u32 $0, [$1], 1; }",
+        pointer.at(0),
+        lane().value,
+        result_types=i32(),
+        has_side_effects=True,
+    )
+    return Word(number)
 
 
 def load_transposed(pointer: Pointer, offset: Word) -> list[Word]:
@@ -280,6 +328,22 @@ def loop(count: Word, carry: Sequence[ir.Value], body: Callable[[Word, list[ir.V
     with ir.InsertionPoint(for_op.body):
         scf.YieldOp(list(body(Word(for_op.induction_variable), list(for_op.inner_iter_args))))
     return list(for_op.results)
+
+
+def loop_while(
+    carry: Sequence[ir.Value],
+    condition: Callable[[list[ir.Value]], ir.Value],
+    body: Callable[[list[ir.Value]], Sequence[ir.Value]],
+) -> list[ir.Value]:
+    """``while condition(carry): carry = body(carry)``; returns the last carry."""
+    types = [value.type for value in carry]
+    while_op = scf.WhileOp(types, list(carry))
+    before, after = while_op.before.blocks.append(*types), while_op.after.blocks.append(*types)
+    with ir.InsertionPoint(before):
+        scf.ConditionOp(condition(list(before.arguments)), list(before.arguments))
+    with ir.InsertionPoint(after):
+        scf.YieldOp(list(body(list(after.arguments))))
+    return list(while_op.results)
 
 
 def branch(condition: ir.Value, values: Sequence[ir.Value], body: Callable[[], Sequence[ir.Value]]):

@@ -110,6 +110,7 @@ class ManyTokens:
 
     Attributes:
         tokens: the most that take this row.
+        elements: the fewest of a weight that takes it; a smaller one has too few tiles for the card.
         width: tokens of a block of threads.
         stages: steps in shared memory.
         cluster: blocks that load the tokens together.
@@ -123,6 +124,7 @@ class ManyTokens:
     cluster: int = 1
     exact: bool = True
     split: bool = True
+    elements: int = 0
 
     def tuning(self) -> wgmma.Tuning:
         """How the kernel takes it."""
@@ -130,20 +132,29 @@ class ManyTokens:
 
 
 MANY_TOKENS = (
-    ManyTokens(tokens=128, width=128, stages=6),
-    ManyTokens(tokens=512, width=256, stages=4),
+    ManyTokens(tokens=128, width=128, stages=6, elements=2**24),
+    ManyTokens(tokens=512, width=256, stages=4, elements=2**24),
+    ManyTokens(tokens=1024, width=256, stages=4, elements=2**25),
 )
-"""For ascending numbers of tokens beyond `FUSED_TOKENS`, as far as the product is faster than decoding and
-then multiplying."""
-MANY_TOKENS_ELEMENTS = 2**24
-"""The fewest elements of a weight for which that holds; a smaller one has too few tiles for the card."""
+"""For ascending numbers of tokens beyond `FUSED_TOKENS`, as far as the product is faster than decoding before
+it or meanwhile."""
 
 
 def most_fused_tokens(kind: str, shape: tuple[int, int]) -> int:
     """Up to how many tokens a fused product is the fastest, forward and backward."""
-    if kind == "int8" or math.prod(shape) < MANY_TOKENS_ELEMENTS:
-        return FUSED_TOKENS
-    return max(FUSED_TOKENS, *(row.tokens for row in MANY_TOKENS))
+    rows = [] if kind == "int8" else MANY_TOKENS
+    return max((row.tokens for row in rows if math.prod(shape) >= row.elements), default=FUSED_TOKENS)
+
+
+OVERLAPPED_TOKENS = 1024
+"""As many are multiplied as fast by decoding W first as by decoding it meanwhile, and more are not."""
+OVERLAPPED_ELEMENTS = 2**23
+"""Of a weight with more; a smaller one gives too few tiles to decode W behind."""
+
+
+def is_overlapped_fastest(tokens: int, shape: tuple[int, int]) -> bool:
+    """Whether to decode a weight of `shape` [out, in] while it is multiplied by so many tokens."""
+    return tokens > OVERLAPPED_TOKENS and math.prod(shape) > OVERLAPPED_ELEMENTS
 
 
 def many_tokens_row(tokens: int) -> ManyTokens:
