@@ -208,6 +208,28 @@ def test_scan_checkpoint_and_vmap(key):
     np.testing.assert_array_equal(jax.vmap(product, (0, None))(xs, weights[0])[1], -product(x, weights[0]))
 
 
+@pytest.mark.parametrize(("tokens", "how"), [(300, "fused"), (2048, "overlapped")])
+def test_each_of_the_products_of_a_scan_counts_anew(key, tokens, how):
+    """XLA may give several products of one shape the same zeros to count from."""
+    shape, layers = (512, 512), 3
+    one, two = jax.random.split(key)
+    weights = [four_bit(each, shape) for each in jax.random.split(one, 2 * layers)]
+    stacks = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights[i::2]) for i in range(2)]
+    x = jax.random.normal(two, (tokens, shape[1]), jnp.bfloat16)
+
+    def layer(x, pair, how):
+        a, b = (matmul_4bit(x, *weight, shape=shape, implementation=how) for weight in pair)
+        return jnp.tanh(a) + jnp.tanh(b)
+
+    scanned = jax.jit(lambda x: jax.lax.scan(lambda x, pair: (layer(x, pair, how), None), x, stacks)[0])
+    expected = x
+    for i in range(layers):
+        expected = layer(expected, weights[2 * i : 2 * i + 2], "xla")
+    for _ in range(5):
+        # Each product rounds to bfloat16, and its sums are in another order.
+        assert relative_error(scanned(x), np.asarray(expected, np.float64)) < 2e-2
+
+
 @pytest.mark.parametrize("how", ["fused", "overlapped"])
 @pytest.mark.parametrize("tokens", [65, 128, 200, 512, 1000, 2048])
 @pytest.mark.parametrize("shape", [(3584, 3584), (1000, 1088), (520, 18944), (18944, 512)])
