@@ -42,6 +42,7 @@ def explain(
     dtype: DTypeLike = jnp.bfloat16,
     blocksize: int = _BLOCKSIZE,
     backward: bool = False,
+    varies: bool = False,
     implementation: str | None = None,
 ) -> Choice:
     """What a product of `tokens` rows, or with None a decoding, would run on the default device.
@@ -53,6 +54,7 @@ def explain(
         dtype: of `x`, or of the decoded matrix.
         blocksize: elements of a 4-bit weight that share a scale.
         backward: the product is ``dy @ W``, for the gradient, and not ``x @ W.T``.
+        varies: an argument differs among the devices of a mesh: under `jax.shard_map` with `check_vma`.
         implementation: one to insist on; if ``"fused"`` cannot run a backward product, that is free again.
 
     Raises:
@@ -65,7 +67,7 @@ def explain(
         )
     obstacles = {
         FUSED: _obstacle_to_fused(tokens, shape, kind, jnp.dtype(dtype), blocksize, backward),
-        OVERLAPPED: _obstacle_to_overlapped(tokens, shape, kind, jnp.dtype(dtype), blocksize),
+        OVERLAPPED: _obstacle_to_overlapped(tokens, shape, kind, jnp.dtype(dtype), blocksize, varies),
         DECODE: _obstacle_to_decode(shape, kind, jnp.dtype(dtype), blocksize),
         XLA: None,
     }
@@ -115,7 +117,7 @@ def _obstacle_to_fused(tokens, shape, kind, dtype, blocksize, backward) -> str |
     return _obstacle_of_size(shape, 2**32 if kind == "int8" else 2**33)
 
 
-def _obstacle_to_overlapped(tokens, shape, kind, dtype, blocksize) -> str | None:
+def _obstacle_to_overlapped(tokens, shape, kind, dtype, blocksize, varies) -> str | None:
     if not tokens:
         return "it is no product" if tokens is None else "it is empty"
     if dtype != jnp.bfloat16:
@@ -123,6 +125,11 @@ def _obstacle_to_overlapped(tokens, shape, kind, dtype, blocksize) -> str | None
     if shape[0] % 8 or shape[1] % _BLOCKSIZE:
         return (
             f"the kernel takes outputs by 8 and inputs by {_BLOCKSIZE}, and W has {shape[0]} and {shape[1]}"
+        )
+    if varies:
+        return (
+            "Pallas lets no single warp read what differs among the devices of a mesh; "
+            "jax.shard_map(..., check_vma=False) keeps that from it"
         )
     return _obstacle_to_decode(shape, kind, dtype, blocksize)
 

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, UInt8
 from vlmlora_kernels.dispatch import DECODE, FUSED, OVERLAPPED, explain
 from vlmlora_kernels.hopper import dequantize as hopper_dequantize
 from vlmlora_kernels.hopper import matvec
+from vlmlora_kernels.hopper.launch import varying
 from vlmlora_kernels.hopper.tuning import FUSED_TOKENS
 from vlmlora_kernels.lowering import few_tokens, many_tokens, many_tokens_overlapped, on_cuda, one_by_one
 
@@ -356,14 +357,20 @@ def matmul_4bit(
 def _matmul(x, codes, absmax, layout):
     shape, quant_type, blocksize, implementation = layout
     tokens = math.prod(x.shape[:-1])
+    arrays = (x, codes, *_scale_arrays(absmax))
     choice = explain(
-        tokens, shape, kind=quant_type, dtype=x.dtype, blocksize=blocksize, implementation=implementation
+        tokens,
+        shape,
+        kind=quant_type,
+        dtype=x.dtype,
+        blocksize=blocksize,
+        varies=any(map(varying, arrays)),
+        implementation=implementation,
     )
 
     def decoded(x: jax.Array, codes: jax.Array, *scales: jax.Array) -> jax.Array:
         return jnp.matmul(x, _decode(codes, _absmax(scales), layout, x.dtype).T)
 
-    arrays = (x, codes, *_scale_arrays(absmax))
     if choice.implementation not in (FUSED, OVERLAPPED):
         return decoded(*arrays)
     _check_fit(codes, absmax, shape, blocksize)
@@ -383,6 +390,7 @@ def _matmul_fwd(x, codes, absmax, layout):
 def _matmul_bwd(layout, residuals, dy):
     codes, absmax = residuals
     shape, quant_type, blocksize, implementation = layout
+    arrays = (dy, codes, *_scale_arrays(absmax))
     choice = explain(
         math.prod(dy.shape[:-1]),
         shape,
@@ -390,13 +398,13 @@ def _matmul_bwd(layout, residuals, dy):
         dtype=dy.dtype,
         blocksize=blocksize,
         backward=True,
+        varies=any(map(varying, arrays)),
         implementation=implementation,
     )
 
     def decoded(dy: jax.Array, codes: jax.Array, *scales: jax.Array) -> jax.Array:
         return jnp.matmul(dy, _decode(codes, _absmax(scales), layout, dy.dtype))
 
-    arrays = (dy, codes, *_scale_arrays(absmax))
     if choice.implementation not in (FUSED, OVERLAPPED):
         return decoded(*arrays), None, None
     product = many_tokens_overlapped if choice.implementation == OVERLAPPED else many_tokens

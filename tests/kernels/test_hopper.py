@@ -208,14 +208,18 @@ def test_a_scan_with_remat_reads_the_stack_in_place(kind, tokens, how):
     assert "tensor<3x96x512xbf16>" not in text, "no decoded stack is saved"
 
 
-def test_under_vmap_and_shard_map():
+@pytest.mark.parametrize(
+    ("tokens", "how", "name"),
+    [(2, None, "few_tokens"), (300, "fused", "nf4_matmul"), (2048, "overlapped", "nf4_overlapped")],
+)
+def test_under_vmap_and_shard_map(tokens, how, name):
     shape = (96, 512)
-    x, codes, scales = arguments(shape, tokens=2, layers=2)
+    x, codes, scales = arguments(shape, tokens=tokens, layers=2)
     xs = jax.ShapeDtypeStruct((2, *x.shape), x.dtype)
-    product = functools.partial(matmul_4bit, shape=shape)
-    assert "few_tokens" in lowered_for("cuda", jax.vmap(product), xs, codes, scales)
-    alone = arguments(shape, tokens=2)
-    assert "few_tokens" in lowered_for("cuda", jax.vmap(product, (0, None, None)), xs, *alone[1:])
+    product = functools.partial(matmul_4bit, shape=shape, implementation=how)
+    assert name in lowered_for("cuda", jax.vmap(product), xs, codes, scales)
+    alone = arguments(shape, tokens=tokens)
+    assert name in lowered_for("cuda", jax.vmap(product, (0, None, None)), xs, *alone[1:])
     mesh = AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,), abstract_device=H100.abstract_device)
     replicated = PartitionSpec()
     sharded = jax.shard_map(
@@ -223,13 +227,37 @@ def test_under_vmap_and_shard_map():
         mesh=mesh,
         in_specs=(PartitionSpec("data"), replicated, replicated),
         out_specs=PartitionSpec("data"),
+        check_vma=how != "overlapped",
     )
     with jax.sharding.use_abstract_mesh(mesh):
         text = jax.jit(sharded).trace(*alone).lower(lowering_platforms=("cuda",)).as_text()
-        assert "few_tokens" in text
-        outside = explain(2, shape)
+        assert name in text
+        outside = explain(tokens, shape)
     assert outside.implementation == "xla"
     assert "shard_map" in outside.reason
+
+
+@pytest.mark.parametrize("how", [None, "overlapped"])
+def test_what_differs_among_devices_is_decoded_first(how):
+    """No warp of a kernel may be given that, as JAX says when it looks."""
+    shape = (4096, 4096)
+    mesh = AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,), abstract_device=H100.abstract_device)
+    rows, replicated = PartitionSpec("data"), PartitionSpec()
+    product = jax.shard_map(
+        functools.partial(matmul_4bit, shape=shape, implementation=how),
+        mesh=mesh,
+        in_specs=(rows, replicated, replicated),
+        out_specs=rows,
+    )
+    traced = jax.jit(jax.grad(lambda x, *weight: product(x, *weight).astype(jnp.float32).sum()))
+    with jax.sharding.use_abstract_mesh(mesh):
+        if how is not None:
+            with pytest.raises(ValueError, match="check_vma=False"):
+                traced.trace(*arguments(shape, tokens=4096))
+            return
+        text = traced.trace(*arguments(shape, tokens=4096)).lower(lowering_platforms=("cuda",)).as_text()
+    assert "nf4_dequantize" in text
+    assert "overlapped" not in text
 
 
 CASES = [

@@ -73,9 +73,10 @@ class Kernel:
 def varying_like(result: jax.Array, inputs: Sequence[jax.Array]) -> jax.Array:
     """The result of a kernel inside shard_map: it varies over the mesh axes that an input varies over, which
     Pallas drops."""
-    varying = frozenset().union(*(_varying(x) for x in inputs)) - _varying(result)
-    return jax.lax.pcast(result, tuple(varying), to="varying") if varying else result
+    missing = frozenset().union(*map(varying, inputs)) - varying(result)
+    return jax.lax.pcast(result, tuple(missing), to="varying") if missing else result
 
 
-def _varying(x: jax.Array) -> frozenset:
+def varying(x: jax.Array) -> frozenset:
+    """Axes of a mesh over which an array differs, inside shard_map."""
     return jax.typeof(x).manual_axis_type.varying
