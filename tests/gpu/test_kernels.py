@@ -258,20 +258,14 @@ def test_products_of_many_tokens(key, shape, tokens, how):
 
 
 @pytest.mark.parametrize("shape", [(3584, 3584), (1000, 1088), (8192, 8192)])
-@pytest.mark.parametrize("cluster", [1, 2])
-def test_a_product_waits_for_what_it_decodes(key, shape, cluster):
+def test_a_product_waits_for_what_it_decodes(key, shape):
     """Weights in turn, so that what another one left behind in the same place is wrong."""
     tokens = 2048
     weights = [four_bit(each, shape) for each in jax.random.split(key)]
     for transposed in (False, True):
         x = jax.random.normal(key, (tokens, shape[0 if transposed else 1]), jnp.bfloat16)
         kernel = overlapped.matmul(
-            CODE_BOOKS["nf4"],
-            tokens=tokens,
-            shape=shape,
-            transposed=transposed,
-            nested=True,
-            tuning=overlapped.Tuning(cluster=cluster),
+            CODE_BOOKS["nf4"], tokens=tokens, shape=shape, transposed=transposed, nested=True
         )
         product = jax.jit(lambda x, codes, absmax, kernel=kernel: kernel(x, codes, *absmax))
         expected = []

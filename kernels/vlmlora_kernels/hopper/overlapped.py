@@ -38,33 +38,22 @@ from vlmlora_kernels.hopper.dequantize import (
     pack,
 )
 from vlmlora_kernels.hopper.launch import MULTIPROCESSORS, varying_like
-from vlmlora_kernels.hopper.schedule import Schedule, add_sums, in_wgmma_layout, pairs_of, store_sums
+from vlmlora_kernels.hopper.ring import Ring
+from vlmlora_kernels.hopper.schedule import Schedule, Shares, compute_pieces
 
 STEP = 64  # along the summed axis
 BAND = 256  # rows of W, or columns, that a tile takes
 TOKENS = 128  # of a tile
 _GROUP_TOKENS = 64  # of which a warpgroup multiplies
 _PIECE = 64  # columns of the result that are written at a time
+_STAGES = 4  # steps whose tiles are in shared memory or on their way
+_CLUSTER = 2  # blocks of threads with the same part of W, which they load together
+_BANDS = 8  # of W, the fewest that are multiplied at a time
 _DECODERS = 3  # warps
 _ROUNDS = 2  # blocks that share a scale of a part, for each two lanes
 _SWIZZLE = (plgpu.SwizzleTransform(128),)
 # The same bytes in the words of ``wgmma``. A copy in these words would have to end at a multiple of 8 rows.
 _TILED_SWIZZLE = (plgpu.TilingTransform((8, 64)), *_SWIZZLE)
-
-
-@dataclasses.dataclass(frozen=True)
-class Tuning:
-    """How the work is cut.
-
-    Attributes:
-        stages: steps whose tiles are in shared memory or on their way.
-        cluster: blocks of threads with the same part of W that load it together: 1 or 2.
-        bands: of W in which tiles follow each other before the next tokens come; None to choose.
-    """
-
-    stages: int = 4
-    cluster: int = 2
-    bands: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +130,6 @@ def matmul(
     shape: tuple[int, int],
     transposed: bool,
     nested: bool,
-    tuning: Tuning | None = None,
 ) -> Callable[..., BFloat16[Array, "tokens kept"]]:
     """The kernel of ``x @ W.T``, or of ``dy @ W`` if `transposed`, in bfloat16.
 
@@ -154,32 +142,23 @@ def matmul(
         shape: (out, in) of W; `in` a multiple of 64, `out` of 8.
         transposed: multiply by W and not by its transpose.
         nested: the scales are doubly quantised.
-        tuning: how the work is cut.
     """
-    tuning = tuning or Tuning()
-    stages, cluster = tuning.stages, tuning.cluster
     out_features, in_features = shape
     summed, kept = (out_features, in_features) if transposed else (in_features, out_features)
-    token_tiles = pl.cdiv(tokens, TOKENS * cluster)
-    clusters = MULTIPROCESSORS // cluster
+    token_tiles = pl.cdiv(tokens, TOKENS * _CLUSTER)
+    clusters = MULTIPROCESSORS // _CLUSTER
     bands = pl.cdiv(kept, BAND)
     # About as many bands as tiles of tokens at a time, but all tokens before the next bands if they are few.
-    group = min(bands, tuning.bands or max(8, pl.cdiv(clusters, token_tiles)))
-    parts = Parts(shape, transposed, group)
+    together = min(bands, max(_BANDS, pl.cdiv(clusters, token_tiles)))
+    parts = Parts(shape, transposed, together)
+    ring = Ring(_STAGES, _CLUSTER)
     steps = pl.cdiv(summed, STEP)
     schedule = Schedule.in_step(bands * token_tiles, steps, clusters)
     scale_count = 4 if nested else 1
-    shared_sums = schedule.sharers * cluster * 2
+    shared_sums = schedule.sharers * _CLUSTER * 2
     # Of the semaphores: the next part to decode, decoded parts of bands and of chunks, sums handed over.
     first_chunk = 1 + bands
     first_share = first_chunk + bands * parts.chunks
-
-    def place(tile: Any) -> tuple:
-        """Band and first token of a cluster's tile."""
-        first_band = tile // (group * token_tiles) * group
-        tile = tile % (group * token_tiles)
-        together = jnp.minimum(group, bands - first_band)
-        return first_band + tile % together, tile // together * (TOKENS * cluster)
 
     def body(x, codes, *rest) -> None:
         scales, (out, weight, *rest) = rest[:scale_count], rest[scale_count:]
@@ -189,21 +168,24 @@ def matmul(
         w_tiles, w_operands = w_views
         pieces, written_pieces = piece_views
         group = lax.axis_index("warpgroup")
-        rank = lax.axis_index("pair") if cluster > 1 else 0
+        rank = lax.axis_index("pair")
         # Blocks start in the order of their numbers: none waits for the sums of one that starts later.
         block = schedule.blocks - 1 - lax.axis_index("block")
         progress = pl.get_global(plgpu.SemaphoreType.REGULAR((first_share + shared_sums,)))
 
-        def load() -> None:
-            def wait_for_slot(step: Any, _: None) -> None:
-                @pl.when(step >= stages)
-                def wait() -> None:
-                    plgpu.barrier_wait(free.at[lax.rem(step, stages)])
+        def place(step: Any) -> tuple:
+            """Band and first token of the cluster's tile at a block's step, and the step of the tile."""
+            tile, at = schedule.position(block, step)
+            first_band = tile // (together * token_tiles) * together
+            tile = tile % (together * token_tiles)
+            width = jnp.minimum(together, bands - first_band)
+            return first_band + tile % width, tile // width * (TOKENS * _CLUSTER), at
 
+        def load() -> None:
             def wait_for_chunk(band: Any, number: Any) -> None:
                 @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
                 def wait(_, ref: Any) -> None:
-                    simt.wait_for_count(simt.Pointer(ref, simt.GLOBAL), 0, parts.per_chunk)
+                    simt.wait_for_count(simt.Pointer(ref, simt.GLOBAL), parts.per_chunk)
 
                 wait(progress.at[first_chunk + band * parts.chunks + number])
 
@@ -215,21 +197,20 @@ def matmul(
                     return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT),
                 )
                 def count(_, ref: Any) -> fragments.FragmentedArray:
-                    found = simt.load_count(simt.Pointer(ref, simt.GLOBAL), 0)
+                    found = simt.load_count(simt.Pointer(ref, simt.GLOBAL))
                     return fragments.FragmentedArray.splat(found.value, (), is_signed=True)
 
                 return count(progress.at[1 + band]) == parts.chunks * parts.per_chunk
 
             def one_piece(number: Any, _: None) -> None:
                 start, end, _, _ = schedule.piece(block, number)
-                tile, first = schedule.position(block, start)
-                band, token = place(tile)
+                band, token, first = place(start)
                 is_decoded = whole_band(band)
 
                 def one(step: Any, _: None) -> None:
                     at = first + step - start
-                    slot = lax.rem(step, stages)
-                    wait_for_slot(step, None)
+                    slot = ring.of(step)
+                    ring.wait(free, step)
                     plgpu.copy_gmem_to_smem(
                         x.at[pl.ds(token + rank * TOKENS, TOKENS), pl.ds(at * STEP, STEP)],
                         x_tiles.at[slot],
@@ -247,16 +228,13 @@ def matmul(
                         weight.at[part[::-1] if transposed else part],
                         w_tiles.at[slot],
                         full.at[slot],
-                        **({"collective_axes": "pair"} if cluster > 1 else {}),
+                        collective_axes="pair",
                     )
 
                 lax.fori_loop(start, end, one, None)
 
             lax.fori_loop(0, schedule.pieces(block), one_piece, None)
-            if cluster > 1:
-                # The other block says that it has read a tile: stay until it has said so of the last ones.
-                count = schedule.count(block)
-                lax.fori_loop(count, count + stages, wait_for_slot, None)
+            ring.leave(free, schedule.count(block))
 
         def decode() -> None:
             refs = (codes, *scales, weight, progress.at[0], progress.at[1], progress.at[first_chunk])
@@ -284,16 +262,12 @@ def matmul(
         def multiply() -> None:
             plgpu.set_max_registers(192, action="increase")
 
-            def release(step: Any) -> None:
-                """Say that a step's tiles have been read."""
-                plgpu.barrier_arrive(free.at[lax.rem(step, stages)])
-
             def product(start: Any, end: Any) -> jax.Array:
                 """The sum over a block's steps from `start` up to `end`."""
 
                 def products(acc: Any) -> jax.Array:
                     def start_step(step: Any) -> None:
-                        slot = lax.rem(step, stages)
+                        slot = ring.of(step)
                         plgpu.barrier_wait(full.at[slot])
                         w = w_operands.at[slot]
                         own = pl.ds(group * _GROUP_TOKENS, _GROUP_TOKENS)
@@ -303,43 +277,18 @@ def matmul(
                         """Start a step, and let go of the tiles of the one before when its product ends."""
                         start_step(step)
                         plgpu.wgmma_wait(1)
-                        release(step - 1)
+                        ring.release(free, step - 1)
 
                     start_step(start)
                     lax.fori_loop(start + 1, end, one, None)
                     plgpu.wgmma_wait(0)
-                    release(end - 1)
+                    ring.release(free, end - 1)
                     return acc[...]
 
                 return pl.run_scoped(products, plgpu.ACC((_GROUP_TOKENS, BAND), jnp.float32))
 
-            def share(of: Any) -> Any:
-                """Where the sums of a block are handed over."""
-                return (of * cluster + rank) * 2 + group
-
-            def hand_over(result: jax.Array) -> None:
-                @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
-                def store(_, ref: Any, result: fragments.FragmentedArray) -> None:
-                    store_sums(simt, simt.Pointer(ref, simt.GLOBAL), pairs_of(result))
-
-                store(sums.at[share(block)], result)
-                plgpu.semaphore_signal(progress.at[first_share + share(block)], memory_scope="gpu")
-
-            def with_share(of: Any, result: jax.Array) -> jax.Array:
-                plgpu.semaphore_wait(progress.at[first_share + share(of)], memory_scope="gpu")
-
-                @plgpu.inline_mgpu(
-                    arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA),
-                    return_type=plgpu.ShapeDtypeStruct(
-                        (_GROUP_TOKENS, BAND), jnp.float32, layout=plgpu.Layout.WGMMA
-                    ),
-                )
-                def add(_, ref: Any, result: fragments.FragmentedArray) -> fragments.FragmentedArray:
-                    return in_wgmma_layout(add_sums(simt, simt.Pointer(ref, simt.GLOBAL), pairs_of(result)))
-
-                return add(sums.at[share(of)], result)
-
-            def write_tile(band: Any, token: Any, result: jax.Array) -> None:
+            def write_tile(there: tuple, result: jax.Array) -> None:
+                band, token, _ = there
                 first = token + rank * TOKENS + group * _GROUP_TOKENS
                 result = result.astype(jnp.bfloat16)
                 for index in range(BAND // _PIECE):
@@ -349,29 +298,10 @@ def matmul(
                     columns = pl.ds(band * BAND + index * _PIECE, _PIECE)
                     plgpu.copy_smem_to_gmem(pieces.at[group], out.at[pl.ds(first, _GROUP_TOKENS), columns])
 
-            def one_tile(number: Any, _: None) -> None:
-                start, end, starts, ends = schedule.piece(block, number)
-                band, token = place(schedule.position(block, start)[0])
-                result = product(start, end)
-                if not schedule.sharers:
-                    return write_tile(band, token, result)
-
-                @pl.when(jnp.logical_not(starts))
-                def part() -> None:
-                    hand_over(result)
-
-                @pl.when(starts)
-                def whole() -> None:
-                    last = jnp.where(ends, block, schedule.last_sharing(block))
-                    write_tile(band, token, lax.fori_loop(block + 1, last + 1, with_share, result))
-
-            lax.fori_loop(0, schedule.pieces(block), one_tile, None)
+            shares = Shares(sums, progress, first_share, lambda block: (block * _CLUSTER + rank) * 2 + group)
+            compute_pieces(schedule, block, shares, place, product, write_tile)
             plgpu.wait_smem_to_gmem(0)
 
-    if cluster > 1:
-        free = plgpu.ClusterBarrier(collective_axes=("pair",), num_barriers=stages, num_arrivals=2)
-    else:
-        free = plgpu.Barrier(num_barriers=stages, num_arrivals=2)
     out_type = [
         jax.ShapeDtypeStruct((tokens, kept), jnp.bfloat16),
         jax.ShapeDtypeStruct(shape, jnp.bfloat16),
@@ -385,10 +315,10 @@ def matmul(
         return plgpu.RefUnion(*views)
 
     if transposed:
-        w_tile = plgpu.SMEM((stages, STEP, BAND), jnp.bfloat16, transforms=_TILED_SWIZZLE)
+        w_tile = plgpu.SMEM((_STAGES, STEP, BAND), jnp.bfloat16, transforms=_TILED_SWIZZLE)
         w_scratch = plgpu.RefUnion(w_tile, w_tile)
     else:
-        w_scratch = both_views(stages, BAND, STEP)
+        w_scratch = both_views(_STAGES, BAND, STEP)
     run = plgpu.kernel(
         body,
         out_type=out_type,
@@ -397,16 +327,17 @@ def matmul(
         num_threads=3,
         thread_name="warpgroup",
         scratch_types=[
-            both_views(stages, TOKENS, STEP),
+            both_views(_STAGES, TOKENS, STEP),
             w_scratch,
             both_views(2, _GROUP_TOKENS, _PIECE),
             plgpu.SMEM((NESTED_CODES if nested else 1,), jnp.int32),
-            plgpu.Barrier(num_barriers=stages, num_arrivals=2),
-            free,
+            plgpu.Barrier(num_barriers=_STAGES, num_arrivals=2),
+            ring.free(),
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         kernel_name="nf4_overlapped_transposed" if transposed else "nf4_overlapped",
-        **({"cluster": (cluster,), "cluster_names": ("pair",)} if cluster > 1 else {}),
+        cluster=(_CLUSTER,),
+        cluster_names=("pair",),
     )
 
     def call(x: jax.Array, codes: UInt8[Array, " bytes"], *scales: jax.Array) -> jax.Array:

@@ -6,12 +6,16 @@ waits for the sums of the others and adds them, always in the same order.
 """
 
 import dataclasses
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import jax
 import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental.mosaic.gpu import fragmented_array as fragments
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import vector
@@ -127,6 +131,84 @@ class Schedule:
         """The last block that has steps of the tile of which `block` has the first one, and not the last."""
         stop = ((self.first(block + 1) - 1) // self.steps + 1) * self.steps
         return (stop * self.sharers - 1) // self.shared
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """Where the warpgroups of blocks hand over their sums of tiles that are shared.
+
+    Attributes:
+        sums: in global memory, one row a share; None if no tile is shared.
+        ready: semaphores that count to one when a share is there.
+        first: number of the first share's semaphore.
+        place: of a block, the number of this warpgroup's share.
+    """
+
+    sums: Any
+    ready: Any
+    first: int
+    place: Callable[[Any], Any]
+
+    def hand_over(self, block: Any, result: jax.Array) -> None:
+        """Store this warpgroup's sums and say so."""
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
+        def store(_, ref: Any, result: fragments.FragmentedArray) -> None:
+            store_sums(simt, simt.Pointer(ref, simt.GLOBAL), pairs_of(result))
+
+        store(self.sums.at[self.place(block)], result)
+        plgpu.semaphore_signal(self.ready.at[self.first + self.place(block)], memory_scope="gpu")
+
+    def add(self, block: Any, result: jax.Array) -> jax.Array:
+        """`result` and another block's sums, when they are there."""
+        plgpu.semaphore_wait(self.ready.at[self.first + self.place(block)], memory_scope="gpu")
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA),
+            return_type=plgpu.ShapeDtypeStruct(result.shape, jnp.float32, layout=plgpu.Layout.WGMMA),
+        )
+        def add(_, ref: Any, result: fragments.FragmentedArray) -> fragments.FragmentedArray:
+            return in_wgmma_layout(add_sums(simt, simt.Pointer(ref, simt.GLOBAL), pairs_of(result)))
+
+        return add(self.sums.at[self.place(block)], result)
+
+
+def compute_pieces(
+    schedule: Schedule,
+    block: Any,
+    shares: Shares,
+    place: Callable[[Any], tuple],
+    product: Callable[[Any, Any], jax.Array],
+    write: Callable[[tuple, jax.Array], None],
+) -> None:
+    """Compute a block's tiles, and hand over what it has of one that another block starts.
+
+    Args:
+        schedule: of all blocks.
+        block: whose turn it is.
+        shares: where sums are handed over.
+        place: of a block's step, where its tile is.
+        product: the sum over a block's steps from the first argument up to the second.
+        write: write a tile's result to its place.
+    """
+
+    def one(number: Any, _: None) -> None:
+        start, end, starts, ends = schedule.piece(block, number)
+        there = place(start)
+        result = product(start, end)
+        if not schedule.sharers:
+            return write(there, result)
+
+        @pl.when(jnp.logical_not(starts))
+        def part() -> None:
+            shares.hand_over(block, result)
+
+        @pl.when(starts)
+        def whole() -> None:
+            last = jnp.where(ends, block, schedule.last_sharing(block))
+            write(there, lax.fori_loop(block + 1, last + 1, shares.add, result))
+
+    lax.fori_loop(0, schedule.pieces(block), one, None)
 
 
 def store_sums(t: ModuleType, sums: Any, values: list[list]) -> None:

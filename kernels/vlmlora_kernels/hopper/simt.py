@@ -194,23 +194,23 @@ def load_written(pointer: Pointer, offset: Word | int, count: int) -> list[Word]
     return [Word(value) for value in result]
 
 
-def load_count(pointer: Pointer, offset: Word | int) -> Word:
+def load_count(pointer: Pointer) -> Word:
     """Load a number of `count_up`; what was written before it can be read then, and copied."""
     result = mgpu_utils.inline_ptx(
         f"ld.acquire.gpu.global.b32 $0, [$1]; {_BEFORE_COPIES}",
-        pointer.at(offset),
+        pointer.at(0),
         result_types=i32(),
         has_side_effects=True,
     )
     return Word(result)
 
 
-def wait_for_count(pointer: Pointer, offset: Word | int, count: int) -> None:
+def wait_for_count(pointer: Pointer, count: int) -> None:
     """Wait until a number of `count_up` is at least `count`; what was written before it can be read then."""
     mgpu_utils.inline_ptx(
         "{ .reg .pred fewer; .reg .b32 found; AGAIN: ld.acquire.gpu.global.b32 found, [$0]; "
         f"setp.lo.u32 fewer, found, {count}; @fewer bra AGAIN; {_BEFORE_COPIES} }}",
-        pointer.at(offset),
+        pointer.at(0),
         has_side_effects=True,
     )
 

@@ -147,7 +147,7 @@ def most_fused_tokens(kind: str, shape: tuple[int, int]) -> int:
 
 
 OVERLAPPED_TOKENS = 1024
-"""As many are multiplied as fast by decoding W first as by decoding it meanwhile, and more are not."""
+"""As many take as long with W decoded first as meanwhile; with twice as many, meanwhile is faster."""
 OVERLAPPED_ELEMENTS = 2**23
 """Of a weight with more; a smaller one gives too few tiles to decode W behind."""
 

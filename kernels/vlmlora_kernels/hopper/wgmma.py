@@ -31,7 +31,8 @@ from jaxtyping import Array, BFloat16, Float, UInt8
 
 from vlmlora_kernels.hopper import simt
 from vlmlora_kernels.hopper.launch import MULTIPROCESSORS, varying_like
-from vlmlora_kernels.hopper.schedule import Schedule, add_sums, in_wgmma_layout, pairs_of, store_sums
+from vlmlora_kernels.hopper.ring import Ring
+from vlmlora_kernels.hopper.schedule import Schedule, Shares, compute_pieces, in_wgmma_layout, pairs_of
 
 BLOCK = 64  # elements that share a scale, and the step along the summed axis
 ROWS = 128  # rows of the transposed result that a block of threads owns
@@ -91,6 +92,7 @@ def matmul(
     schedule = Schedule.balanced(
         row_tiles * token_tiles, pl.cdiv(summed, BLOCK), MULTIPROCESSORS // cluster, tuning.split
     )
+    ring = Ring(stages, cluster)
     decode = decode_columns if transposed else decode_rows
     code_transforms = (plgpu.SwizzleTransform(64),) if transposed else ()
     collective = {"collective_axes": "pair"} if cluster > 1 else {}
@@ -104,6 +106,7 @@ def matmul(
         # Blocks start in the order of their numbers: none waits for one that starts later.
         block = schedule.blocks - 1 - lax.axis_index("block")
         count = schedule.count(block)
+        ready = None
         if schedule.sharers:
             ready = pl.get_global(plgpu.SemaphoreType.REGULAR((schedule.blocks * cluster * 2,)))
 
@@ -117,16 +120,10 @@ def matmul(
         def load() -> None:
             plgpu.set_max_registers(40, action="decrease")
 
-            def wait_for_slot(step: Any, _: None) -> None:
-                @pl.when(step >= stages)
-                def wait() -> None:
-                    plgpu.barrier_wait(free.at[lax.rem(step, stages)])
-
             def one(step: Any, _: None) -> None:
                 row, token, at = place(step)
-                slot = lax.rem(step, stages)
-
-                wait_for_slot(step, None)
+                slot = ring.of(step)
+                ring.wait(free, step)
                 if transposed:
                     code_part = (pl.ds(at * BLOCK, BLOCK), pl.ds(row // 2, ROWS // 2))
                     scale_part = (pl.ds(row // BLOCK, ROWS // BLOCK), pl.ds(at * BLOCK, BLOCK))
@@ -143,9 +140,7 @@ def matmul(
                 )
 
             lax.fori_loop(0, count, one, None)
-            if cluster > 1:
-                # The other block says that it has read a tile: stay until it has said so of the last ones.
-                lax.fori_loop(count, count + stages, wait_for_slot, None)
+            ring.leave(free, count)
 
         @pl.when(group < 2)
         def multiply() -> None:
@@ -159,7 +154,7 @@ def matmul(
 
             def decoded(step: Any) -> jax.Array:
                 """Wait for a step's tiles and decode 64 rows of W."""
-                slot = lax.rem(step, stages)
+                slot = ring.of(step)
                 plgpu.barrier_wait(full.at[slot])
 
                 @plgpu.inline_mgpu(
@@ -175,23 +170,19 @@ def matmul(
                 values = operand(code_tiles.at[slot], scale_tiles.at[slot], table)
                 return values.astype(jnp.bfloat16)
 
-            def release(step: Any) -> None:
-                """Say that a step's tiles have been read."""
-                plgpu.barrier_arrive(free.at[lax.rem(step, stages)])
-
             def product(start: Any, end: Any) -> jax.Array:
                 """The sum over a block's steps from `start` up to `end`."""
 
                 def products(acc: Any) -> jax.Array:
                     def start_step(step: Any) -> None:
                         w = decoded(step)
-                        plgpu.wgmma(acc, w, x_operands.at[lax.rem(step, stages)].T)
+                        plgpu.wgmma(acc, w, x_operands.at[ring.of(step)].T)
 
                     def one(step: Any, pending: int) -> None:
                         """Start a step, and let go of the tiles of the one before when its product ends."""
                         start_step(step)
                         plgpu.wgmma_wait(pending)
-                        release(step - 1)
+                        ring.release(free, step - 1)
 
                     def two(step: Any) -> None:
                         # In turn, as the registers of a product under way must not change.
@@ -204,38 +195,13 @@ def matmul(
                     lax.fori_loop(start + 1, rest, lambda step, _: one(step, 0), None)
                     lax.fori_loop(0, pairs, lambda pair, _: two(rest + 2 * pair), None)
                     plgpu.wgmma_wait(0)
-                    release(end - 1)
+                    ring.release(free, end - 1)
                     return acc[...]
 
                 return pl.run_scoped(products, plgpu.ACC((_GROUP_ROWS, width), jnp.float32))
 
-            def share(of: Any) -> Any:
-                """Where the sums of a block are handed over."""
-                return (of * cluster + rank) * 2 + group
-
-            def hand_over(result: jax.Array) -> None:
-                @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
-                def store(_, ref: Any, result: fragments.FragmentedArray) -> None:
-                    store_sums(simt, simt.Pointer(ref, simt.GLOBAL), pairs_of(result))
-
-                store(sums.at[share(block)], result)
-                plgpu.semaphore_signal(ready.at[share(block)], memory_scope="gpu")
-
-            def with_share(of: Any, result: jax.Array) -> jax.Array:
-                plgpu.semaphore_wait(ready.at[share(of)], memory_scope="gpu")
-
-                @plgpu.inline_mgpu(
-                    arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA),
-                    return_type=plgpu.ShapeDtypeStruct(
-                        (_GROUP_ROWS, width), jnp.float32, layout=plgpu.Layout.WGMMA
-                    ),
-                )
-                def add(_, ref: Any, result: fragments.FragmentedArray) -> fragments.FragmentedArray:
-                    return in_wgmma_layout(add_sums(simt, simt.Pointer(ref, simt.GLOBAL), pairs_of(result)))
-
-                return add(sums.at[share(of)], result)
-
-            def write_tile(row: Any, token: Any, result: jax.Array) -> None:
+            def write_tile(there: tuple, result: jax.Array) -> None:
+                row, token, _ = there
                 for index in range(width // _PIECE):
                     piece = pieces.at[group, index % 2]
                     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
@@ -255,31 +221,12 @@ def matmul(
                         ],
                     )
 
-            def one_tile(number: Any, _: None) -> None:
-                start, end, starts, ends = schedule.piece(block, number)
-                row, token, _ = place(start)
-                result = product(start, end)
-                if not schedule.sharers:
-                    return write_tile(row, token, result)
-
-                @pl.when(jnp.logical_not(starts))
-                def part() -> None:
-                    hand_over(result)
-
-                @pl.when(starts)
-                def whole() -> None:
-                    last = jnp.where(ends, block, schedule.last_sharing(block))
-                    write_tile(row, token, lax.fori_loop(block + 1, last + 1, with_share, result))
-
-            lax.fori_loop(0, schedule.pieces(block), one_tile, None)
+            shares = Shares(sums, ready, 0, lambda block: (block * cluster + rank) * 2 + group)
+            compute_pieces(schedule, block, shares, place, product, write_tile)
             plgpu.wait_smem_to_gmem(0)
 
     code_tile = (BLOCK, ROWS // 2) if transposed else (ROWS, BLOCK // 2)
     scale_tile = (ROWS // BLOCK, BLOCK) if transposed else (1, ROWS)
-    if cluster > 1:
-        free = plgpu.ClusterBarrier(collective_axes=("pair",), num_barriers=stages, num_arrivals=2)
-    else:
-        free = plgpu.Barrier(num_barriers=stages, num_arrivals=2)
     out_type = [jax.ShapeDtypeStruct((tokens, kept), jnp.bfloat16)]
     if schedule.sharers:
         out_type.append(
@@ -302,7 +249,7 @@ def matmul(
             plgpu.SMEM((_TABLE_WORDS,), jnp.float32),
             plgpu.SMEM((2, 2, _PIECE, _GROUP_ROWS), jnp.bfloat16, transforms=_SWIZZLE),
             plgpu.Barrier(num_barriers=stages, num_arrivals=3),
-            free,
+            ring.free(),
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         kernel_name="nf4_matmul_transposed" if transposed else "nf4_matmul",

@@ -1,0 +1,51 @@
+"""Slots of shared memory that copies fill and products read, step after step, in turn."""
+
+import dataclasses
+from typing import Any
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+from jax import lax
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Its methods take the barriers of `free`, of which one tells for each slot that it has been read.
+
+    Attributes:
+        slots: steps whose tiles are in shared memory or on their way.
+        cluster: blocks of threads of the axis ``"pair"`` that read a copy: 1 or 2.
+        readers: warpgroups of a block that read a slot.
+    """
+
+    slots: int
+    cluster: int
+    readers: int = 2
+
+    def free(self) -> plgpu.Barrier | plgpu.ClusterBarrier:
+        """The barriers, as scratch of a kernel."""
+        if self.cluster == 1:
+            return plgpu.Barrier(num_barriers=self.slots, num_arrivals=self.readers)
+        return plgpu.ClusterBarrier(
+            collective_axes=("pair",), num_barriers=self.slots, num_arrivals=self.readers
+        )
+
+    def of(self, step: Any) -> Any:
+        """A step's slot."""
+        return lax.rem(step, self.slots)
+
+    def wait(self, free: Any, step: Any) -> None:
+        """Wait until what was in a step's slot has been read."""
+
+        @pl.when(step >= self.slots)
+        def used() -> None:
+            plgpu.barrier_wait(free.at[self.of(step)])
+
+    def release(self, free: Any, step: Any) -> None:
+        """Say that a step's tiles have been read."""
+        plgpu.barrier_arrive(free.at[self.of(step)])
+
+    def leave(self, free: Any, steps: Any) -> None:
+        """After all steps: stay until the other block, which says so here, has read the last slots."""
+        if self.cluster > 1:
+            lax.fori_loop(steps, steps + self.slots, lambda step, _: self.wait(free, step), None)
