@@ -543,10 +543,9 @@ def many_candidates(tokens: int) -> list[tuning.ManyTokens]:
     row = functools.partial(tuning.ManyTokens, tokens)
     tried = [row(width=256, stages=4)] if tokens <= 1024 else []
     if tokens <= 512:
-        tried += [row(width=256, stages=4, exact=False)]
-        tried += [row(width=128, stages=6, exact=exact) for exact in (True, False)]
+        tried += [row(width=256, stages=4, cluster=2), row(width=128, stages=6)]
     if tokens == 512:
-        tried += [row(width=256, stages=4, cluster=2), row(width=256, stages=4, split=False)]
+        tried += [row(width=256, stages=4, split=False)]
     now = [dataclasses.replace(each, elements=0) for each in tuning.MANY_TOKENS if each.tokens == tokens]
     return list(dict.fromkeys([*tried, *now]))
 

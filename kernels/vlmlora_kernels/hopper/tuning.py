@@ -114,7 +114,6 @@ class ManyTokens:
         width: tokens of a block of threads.
         stages: steps in shared memory.
         cluster: blocks that load the tokens together.
-        exact: look values up in float32.
         split: share the last tiles.
     """
 
@@ -122,13 +121,12 @@ class ManyTokens:
     width: int
     stages: int
     cluster: int = 1
-    exact: bool = True
     split: bool = True
     elements: int = 0
 
     def tuning(self) -> wgmma.Tuning:
         """How the kernel takes it."""
-        return wgmma.Tuning(self.width, self.stages, self.cluster, self.exact, self.split)
+        return wgmma.Tuning(self.width, self.stages, self.cluster, self.split)
 
 
 MANY_TOKENS = (

@@ -52,14 +52,12 @@ class Tuning:
         tokens: of a block of threads; a multiple of 64, at most 256.
         stages: steps whose tiles are in shared memory or on their way.
         cluster: blocks of threads with the same tokens that load them together: 1 or 2.
-        exact: look values up in float32 and not in bfloat16. W is then what `dequantize` writes, bit for bit.
         split: share the last tiles evenly among all blocks.
     """
 
     tokens: int = 256
     stages: int = 4
     cluster: int = 1
-    exact: bool = True
     split: bool = True
 
 
@@ -148,7 +146,7 @@ def matmul(
 
             @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
             def fill(_, ref: Any) -> None:
-                fill_table(simt, book, simt.Pointer(ref, simt.SHARED), 256, tuning.exact)
+                fill_table(simt, book, simt.Pointer(ref, simt.SHARED), 256)
 
             fill(table)
 
@@ -165,7 +163,7 @@ def matmul(
                 )
                 def operand(_, *refs: Any) -> fragments.FragmentedArray:
                     pointers = [simt.Pointer(ref, simt.SHARED) for ref in refs]
-                    return in_wgmma_layout(decode(simt, *pointers, tuning.exact))
+                    return in_wgmma_layout(decode(simt, *pointers))
 
                 values = operand(code_tiles.at[slot], scale_tiles.at[slot], table)
                 return values.astype(jnp.bfloat16)
@@ -263,16 +261,13 @@ def matmul(
     return call
 
 
-def fill_table(t: ModuleType, book: np.ndarray, table: Any, threads: int, exact: bool) -> None:
-    """Write both values of each byte, the high nibble's first, once for each lane of a load.
+def fill_table(t: ModuleType, book: np.ndarray, table: Any, threads: int) -> None:
+    """Write both float32 of each byte, the high nibble's first, once for each lane of half a warp.
 
-    A load of 8 bytes serves half a warp at a time, one of 4 bytes a whole one.
+    A load of 8 bytes serves so many at a time.
     """
     thread, lane = t.thread(), t.lane()
-    if exact:
-        bits = [int(b) for b in book.astype(np.float32).view(np.uint32)]
-    else:
-        bits = [int(b) for b in book.astype(jnp.bfloat16).view(np.uint16)]
+    bits = [int(b) for b in book.astype(np.float32).view(np.uint32)]
     mine = t.Word(bits[0])
     for i in range(1, 16):
         mine = t.select((lane & 15).equals(i), t.Word(bits[i]), mine)
@@ -280,38 +275,32 @@ def fill_table(t: ModuleType, book: np.ndarray, table: Any, threads: int, exact:
     for first in range(0, 256, threads // 8):
         entry = (thread >> 3) + first
         high, low = t.shuffle(mine, (entry >> 4) & 15), t.shuffle(mine, entry & 15)
-        words = [high, low] * 2 if exact else [t.permute(high, low, 0x5410)] * 4
-        t.store_words(table, (entry << 7) + ((thread & 7) << 4), words)
+        t.store_words(table, (entry << 7) + ((thread & 7) << 4), [high, low] * 2)
     t.barrier_of(threads)
 
 
 class _Table:
     """Where a thread finds the values of a byte."""
 
-    def __init__(self, t: ModuleType, table: Any, exact: bool):
-        self.t, self.exact, self.zero = t, exact, t.Word(0)
-        self.mine = table.shifted((t.lane() & 15) << 3 if exact else t.lane() << 2)
+    def __init__(self, t: ModuleType, table: Any):
+        self.t, self.zero, self.mine = t, t.Word(0), table.shifted((t.lane() & 15) << 3)
 
     def __call__(self, word: Any, selector: Any) -> list:
         """The two float32 of the byte that `selector` (PTX ``prmt``) takes from the word."""
-        t = self.t
-        offset = t.permute(word, self.zero, selector) << 7
-        if self.exact:
-            return [t.as_float(value) for value in t.load_constant(self.mine, offset, 2)]
-        (pair,) = t.load_constant(self.mine, offset, 1)
-        return [t.as_float(pair << 16), t.as_float(pair & 0xFFFF0000)]
+        offset = self.t.permute(word, self.zero, selector) << 7
+        return [self.t.as_float(value) for value in self.t.load_constant(self.mine, offset, 2)]
 
 
 def _load_pair(t: ModuleType, pointer: Any, offset: Any) -> list:
     return [t.as_float(word) for word in t.load_words(pointer, offset, 2)]
 
 
-def decode_rows(t: ModuleType, codes: Any, scales: Any, table: Any, exact: bool) -> list[list]:
+def decode_rows(t: ModuleType, codes: Any, scales: Any, table: Any) -> list[list]:
     """128 rows of W by 64 columns; the pairs that a thread of 256 holds.
 
     Each 16 rows are a warp's. A thread's two rows are neighbours, its columns those that ``wgmma`` wants.
     """
-    look_up = _Table(t, table, exact)
+    look_up = _Table(t, table)
     lane, warp = t.lane(), t.thread() >> 5
     selector = (lane & 3) | 0x4440
     row = (warp << 4) + ((lane >> 2) << 1)
@@ -325,13 +314,13 @@ def decode_rows(t: ModuleType, codes: Any, scales: Any, table: Any, exact: bool)
     return result
 
 
-def decode_columns(t: ModuleType, codes: Any, scales: Any, table: Any, exact: bool) -> list[list]:
+def decode_columns(t: ModuleType, codes: Any, scales: Any, table: Any) -> list[list]:
     """128 columns of W by 64 rows; the pairs that a thread of 256 holds.
 
     Each 32 columns are two warps', whose threads take pairs of neighbours in turn; a thread's rows are those
     that ``wgmma`` wants.
     """
-    look_up = _Table(t, table, exact)
+    look_up = _Table(t, table)
     lane, warp = t.lane(), t.thread() >> 5
     turn, chunk = warp & 1, warp >> 1
     selectors = [turn | 0x4440, turn | 0x4442]
