@@ -541,12 +541,16 @@ def _fastest(times: dict[tuning.FewTokens, dict[Shape, float]]) -> tuning.FewTok
 def many_candidates(tokens: int) -> list[tuning.ManyTokens]:
     """The same for the kernel of many tokens."""
     row = functools.partial(tuning.ManyTokens, tokens)
-    tried = [row(width=256, stages=4)] if tokens <= 1024 else []
+    tried = [row(width=256, stages=4, paired=paired) for paired in (None, 0)] if tokens <= 1024 else []
     if tokens <= 512:
-        tried += [row(width=256, stages=4, cluster=2), row(width=128, stages=6)]
+        tried += [row(width=128, stages=6)]
     if tokens == 512:
         tried += [row(width=256, stages=4, split=False)]
-    now = [dataclasses.replace(each, elements=0) for each in tuning.MANY_TOKENS if each.tokens == tokens]
+    now = [
+        dataclasses.replace(each, elements=0, paired=None)
+        for each in tuning.MANY_TOKENS
+        if each.tokens == tokens
+    ]
     return list(dict.fromkeys([*tried, *now]))
 
 
@@ -585,6 +589,7 @@ def sweep_many(shapes: list[Shape], counts: list[int], options: dict) -> tuple[l
     buffer = jnp.zeros((_EVICTED_BYTES // 4,), jnp.int32)
     rows: list[Row] = []
     against_others: dict[int, dict[tuning.ManyTokens, dict[int, list[float]]]] = {n: {} for n in counts}
+    by_length: dict[int, dict[tuning.ManyTokens, dict[int, list[float]]]] = {n: {} for n in counts}
     for (shape, count, transposed), program in programs.items():
         name = {"shape": list(shape), "tokens": count, "what": "dy @ W" if transposed else "x @ W.T"}
         if isinstance(program, Exception):
@@ -609,13 +614,29 @@ def sweep_many(shapes: list[Shape], counts: list[int], options: dict) -> tuple[l
             if row is not None and is_right:
                 ratios = against_others[count].setdefault(row, {}).setdefault(math.prod(shape), [])
                 ratios.append(us / min(decode, others[0]))
+                summed = shape[0] if transposed else shape[1]
+                by_length[count].setdefault(row, {}).setdefault(summed, []).append(us)
     lines = ["MANY_TOKENS = ("]
-    for found in against_others.values():
+    for count, found in against_others.items():
         limited = [pair for row, ratios in found.items() if (pair := _where_faster(row, ratios, shapes))]
         if not limited:
             break
-        lines.append(f"    {_as_code(min(limited, key=lambda pair: pair[0])[1])},")
+        best = _with_pairs(min(limited, key=lambda pair: pair[0])[1], by_length[count])
+        lines.append(f"    {_as_code(best)},")
     return rows, "\n".join([*lines, ")"])
+
+
+def _with_pairs(
+    row: tuning.ManyTokens, times: dict[tuning.ManyTokens, dict[int, list[float]]]
+) -> tuning.ManyTokens:
+    """The row with pairs of blocks from that length of the summed axis on from which they are faster."""
+    alone, together = (
+        times.get(dataclasses.replace(row, elements=0, paired=paired), {}) for paired in (None, 0)
+    )
+    lengths = sorted(alone.keys() & together.keys(), reverse=True)
+    faster = list(itertools.takewhile(lambda length: sum(together[length]) < sum(alone[length]), lengths))
+    paired = 2 ** (faster[-1].bit_length() - 1) if faster else None
+    return dataclasses.replace(row, paired=paired)
 
 
 def _where_faster(

@@ -60,7 +60,7 @@ def many_tokens(
     @jax.custom_batching.custom_vmap
     def product(x: jax.Array, codes: jax.Array, *scales: jax.Array) -> jax.Array:
         flat = x.reshape(-1, x.shape[-1])
-        tuning = (row or many_tokens_row(len(flat))).tuning()
+        tuning = (row or many_tokens_row(len(flat))).tuning(flat.shape[1])
         kernel = wgmma.matmul(book, tokens=len(flat), shape=shape, transposed=transposed, tuning=tuning)
         by_column = scales_by_column(shape, nested=len(scales) > 1)
         y = kernel(flat, codes, by_column(*scales))

@@ -113,25 +113,26 @@ class ManyTokens:
         elements: the fewest of a weight that takes it; a smaller one has too few tiles for the card.
         width: tokens of a block of threads.
         stages: steps in shared memory.
-        cluster: blocks that load the tokens together.
+        paired: how long the summed axis is at least where two blocks load the tokens together; None: never.
         split: share the last tiles.
     """
 
     tokens: int
     width: int
     stages: int
-    cluster: int = 1
+    paired: int | None = None
     split: bool = True
     elements: int = 0
 
-    def tuning(self) -> wgmma.Tuning:
-        """How the kernel takes it."""
-        return wgmma.Tuning(self.width, self.stages, self.cluster, self.split)
+    def tuning(self, summed: int) -> wgmma.Tuning:
+        """How the kernel takes it, with so many elements along the summed axis."""
+        is_paired = self.paired is not None and summed >= self.paired
+        return wgmma.Tuning(self.width, self.stages, 2 if is_paired else 1, self.split)
 
 
 MANY_TOKENS = (
     ManyTokens(tokens=128, width=128, stages=6, elements=2**24),
-    ManyTokens(tokens=512, width=256, stages=4, elements=2**24),
+    ManyTokens(tokens=512, width=256, stages=4, paired=2**14, elements=2**24),
     ManyTokens(tokens=1024, width=256, stages=4, elements=2**25),
 )
 """For ascending numbers of tokens beyond `FUSED_TOKENS`, as far as the product is faster than decoding before
