@@ -29,7 +29,7 @@ from vlmlora_kernels import (
 from vlmlora_kernels.hopper.dequantize import Tuning as DecodeTuning
 from vlmlora_kernels.hopper.dequantize import dequantize
 from vlmlora_kernels.hopper.matvec import EightBit, FourBit, Tuning, matmul
-from vlmlora_kernels.hopper.tuning import FUSED_TOKENS, matvec_tuning
+from vlmlora_kernels.hopper.tuning import FUSED_TOKENS, many_tokens_row, matvec_tuning
 
 H100 = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu"))
 
@@ -209,11 +209,16 @@ def test_a_scan_with_remat_reads_the_stack_in_place(kind, tokens, how):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "how", "name"),
-    [(2, None, "few_tokens"), (300, "fused", "nf4_matmul"), (2048, "overlapped", "nf4_overlapped")],
+    ("tokens", "columns", "how", "name"),
+    [
+        (2, 512, None, "few_tokens"),
+        (300, 512, "fused", "nf4_matmul"),
+        (200, 2**14, "fused", "nf4_matmul"),  # by pairs of blocks
+        (2048, 512, "overlapped", "nf4_overlapped"),
+    ],
 )
-def test_under_vmap_and_shard_map(tokens, how, name):
-    shape = (96, 512)
+def test_under_vmap_and_shard_map(tokens, columns, how, name):
+    shape = (96, columns)
     x, codes, scales = arguments(shape, tokens=tokens, layers=2)
     xs = jax.ShapeDtypeStruct((2, *x.shape), x.dtype)
     product = functools.partial(matmul_4bit, shape=shape, implementation=how)
@@ -258,6 +263,13 @@ def test_what_differs_among_devices_is_decoded_first(how):
         text = traced.trace(*arguments(shape, tokens=4096)).lower(lowering_platforms=("cuda",)).as_text()
     assert "nf4_dequantize" in text
     assert "overlapped" not in text
+
+
+def test_pairs_of_blocks_are_for_long_sums():
+    row = many_tokens_row(512)
+    clusters = [row.tuning(summed).cluster for summed in (row.paired - 1, row.paired)]
+    assert clusters == [1, 2]
+    assert many_tokens_row(1024).tuning(2**20).cluster == 1
 
 
 CASES = [
