@@ -149,7 +149,7 @@ def dequantize(
         t.barrier()
         for index, word, raw in zip(indices, loaded, raw_scales, strict=True):
             scale = decode_scale(t, scales, scale_table, raw)
-            values = decode_word(t, table, word, scale)
+            values = _decode_word(t, table, word, scale)
             if whole:
                 _write(t, out, index, values, is_wide, frame)
             else:
@@ -194,7 +194,7 @@ def fill_table(t: ModuleType, table: Any, book: np.ndarray, thread: Any, warps: 
             t.store_float(table, (thread + first * LANES) << 2, value)
 
 
-def decode_word(t: ModuleType, table: Any, word: Any, scale: Any) -> list:
+def _decode_word(t: ModuleType, table: Any, word: Any, scale: Any) -> list:
     """The 8 float32 behind a word of codes, in the order of elements, times their scale."""
     own_column = t.lane() << 2
     values = []

@@ -273,16 +273,7 @@ def matmul(
                         own = pl.ds(group * _GROUP_TOKENS, _GROUP_TOKENS)
                         plgpu.wgmma(acc, x_operands.at[slot, own], w if transposed else w.T)
 
-                    def one(step: Any, _: None) -> None:
-                        """Start a step, and let go of the tiles of the one before when its product ends."""
-                        start_step(step)
-                        plgpu.wgmma_wait(1)
-                        ring.release(free, step - 1)
-
-                    start_step(start)
-                    lax.fori_loop(start + 1, end, one, None)
-                    plgpu.wgmma_wait(0)
-                    ring.release(free, end - 1)
+                    ring.multiply(free, start, end, start_step)
                     return acc[...]
 
                 return pl.run_scoped(products, plgpu.ACC((_GROUP_TOKENS, BAND), jnp.float32))

@@ -1,6 +1,7 @@
 """Slots of shared memory that copies fill and products read, step after step, in turn."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax.experimental.pallas as pl
@@ -49,3 +50,38 @@ class Ring:
         """After all steps: stay until the other block, which says so here, has read the last slots."""
         if self.cluster > 1:
             lax.fori_loop(steps, steps + self.slots, lambda step, _: self.wait(free, step), None)
+
+    def multiply(
+        self, free: Any, start: Any, end: Any, start_step: Callable[[Any], None], *, takes_turns: bool = False
+    ) -> None:
+        """Start the product of each step while that of the one before is under way, and let go of what that
+        read when it ends; stay until all have ended.
+
+        Args:
+            free: the barriers.
+            start: the first step.
+            end: the step after the last.
+            start_step: wait for a step's tiles and start its product.
+            takes_turns: a product reads registers, which must not change while it is under way: steps are
+                compiled two by two, so that each of two has a set of its own.
+        """
+
+        def one(step: Any, pending: int) -> None:
+            start_step(step)
+            plgpu.wgmma_wait(pending)
+            self.release(free, step - 1)
+
+        def two(step: Any) -> None:
+            one(step, 1)
+            one(step + 1, 1)
+
+        start_step(start)
+        if takes_turns:
+            pairs = (end - start - 1) // 2
+            rest = end - 2 * pairs
+            lax.fori_loop(start + 1, rest, lambda step, _: one(step, 0), None)
+            lax.fori_loop(0, pairs, lambda pair, _: two(rest + 2 * pair), None)
+        else:
+            lax.fori_loop(start + 1, end, lambda step, _: one(step, 1), None)
+        plgpu.wgmma_wait(0)
+        self.release(free, end - 1)

@@ -176,24 +176,7 @@ def matmul(
                         w = decoded(step)
                         plgpu.wgmma(acc, w, x_operands.at[ring.of(step)].T)
 
-                    def one(step: Any, pending: int) -> None:
-                        """Start a step, and let go of the tiles of the one before when its product ends."""
-                        start_step(step)
-                        plgpu.wgmma_wait(pending)
-                        ring.release(free, step - 1)
-
-                    def two(step: Any) -> None:
-                        # In turn, as the registers of a product under way must not change.
-                        one(step, 1)
-                        one(step + 1, 1)
-
-                    start_step(start)
-                    pairs = (end - start - 1) // 2
-                    rest = end - 2 * pairs
-                    lax.fori_loop(start + 1, rest, lambda step, _: one(step, 0), None)
-                    lax.fori_loop(0, pairs, lambda pair, _: two(rest + 2 * pair), None)
-                    plgpu.wgmma_wait(0)
-                    ring.release(free, end - 1)
+                    ring.multiply(free, start, end, start_step, takes_turns=True)
                     return acc[...]
 
                 return pl.run_scoped(products, plgpu.ACC((_GROUP_ROWS, width), jnp.float32))
