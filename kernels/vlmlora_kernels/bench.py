@@ -89,6 +89,8 @@ _RUNS = 5
 
 Shape = tuple[int, int]
 Row = dict[str, Any]
+ManyTimes = dict[tuning.ManyTokens, dict[tuple[Shape, bool], tuple[float, float]]]
+"""Of the tiles of many tokens, for each weight and way: microseconds, and those of the best other form."""
 
 
 def read_all(size: int, blocks: int = 528) -> Kernel:
@@ -588,8 +590,7 @@ def sweep_many(shapes: list[Shape], counts: list[int], options: dict) -> tuple[l
     programs = compile_all((key, job(*key)) for key in keys)
     buffer = jnp.zeros((_EVICTED_BYTES // 4,), jnp.int32)
     rows: list[Row] = []
-    against_others: dict[int, dict[tuning.ManyTokens, dict[int, list[float]]]] = {n: {} for n in counts}
-    by_length: dict[int, dict[tuning.ManyTokens, dict[int, list[float]]]] = {n: {} for n in counts}
+    found: dict[int, ManyTimes] = {count: {} for count in counts}
     for (shape, count, transposed), program in programs.items():
         name = {"shape": list(shape), "tokens": count, "what": "dy @ W" if transposed else "x @ W.T"}
         if isinstance(program, Exception):
@@ -612,48 +613,55 @@ def sweep_many(shapes: list[Shape], counts: list[int], options: dict) -> tuple[l
             verdict = f"error {error:.1e}{'' if is_right else ' WRONG'}"
             print(f"    {us:.1f} ({cublas / us:.3f}), {verdict}", row or "overlapped", flush=True)
             if row is not None and is_right:
-                ratios = against_others[count].setdefault(row, {}).setdefault(math.prod(shape), [])
-                ratios.append(us / min(decode, others[0]))
-                summed = shape[0] if transposed else shape[1]
-                by_length[count].setdefault(row, {}).setdefault(summed, []).append(us)
+                times = found[count].setdefault(row, {})
+                times[shape, transposed] = us, min(decode, others[0])
     lines = ["MANY_TOKENS = ("]
-    for count, found in against_others.items():
-        limited = [pair for row, ratios in found.items() if (pair := _where_faster(row, ratios, shapes))]
+    for times in found.values():
+        limited = [pair for row in times if (pair := _where_faster(row, times, shapes))]
         if not limited:
             break
-        best = _with_pairs(min(limited, key=lambda pair: pair[0])[1], by_length[count])
+        best = _with_pairs(min(limited, key=lambda pair: pair[0])[1], times)
         lines.append(f"    {_as_code(best)},")
     return rows, "\n".join([*lines, ")"])
 
 
-def _with_pairs(
-    row: tuning.ManyTokens, times: dict[tuning.ManyTokens, dict[int, list[float]]]
-) -> tuning.ManyTokens:
-    """The row with pairs of blocks from that length of the summed axis on from which they are faster."""
-    alone, together = (
-        times.get(dataclasses.replace(row, elements=0, paired=paired), {}) for paired in (None, 0)
-    )
-    lengths = sorted(alone.keys() & together.keys(), reverse=True)
-    faster = list(itertools.takewhile(lambda length: sum(together[length]) < sum(alone[length]), lengths))
-    paired = 2 ** (faster[-1].bit_length() - 1) if faster else None
-    return dataclasses.replace(row, paired=paired)
-
-
 def _where_faster(
-    row: tuning.ManyTokens, ratios: dict[int, list[float]], shapes: list[Shape]
+    row: tuning.ManyTokens, times: ManyTimes, shapes: list[Shape]
 ) -> tuple[float, tuning.ManyTokens] | None:
     """Times of a row, by elements of the weight, as parts of those of the best other way: their sum where the
     row is faster both ways together, with 1 for others, and the row with the fewest elements for which it is;
     None if that is so of no weight, or results were wrong."""
-    sizes = sorted((math.prod(shape) for shape in shapes), reverse=True)
-    if sum(map(len, ratios.values())) < 2 * len(shapes):
+    if len(times[row]) < 2 * len(shapes):
         return None
-    means = [statistics.mean(ratios[size]) for size in sizes]
+    parts: dict[int, list[float]] = {}
+    for (shape, _), (us, other) in times[row].items():
+        parts.setdefault(math.prod(shape), []).append(us / other)
+    sizes = sorted(parts, reverse=True)
+    means = [statistics.mean(parts[size]) for size in sizes]
     faster = list(itertools.takewhile(lambda mean: mean < 1, means))
     if not faster:
         return None
-    elements = 2 ** (sizes[len(faster) - 1].bit_length() - 1)
+    elements = _power_below(sizes[len(faster) - 1])
     return sum(faster) + len(means) - len(faster), dataclasses.replace(row, elements=elements)
+
+
+def _with_pairs(row: tuning.ManyTokens, times: ManyTimes) -> tuning.ManyTokens:
+    """The row with pairs of blocks from that length of the summed axis on from which they are faster."""
+    alone, together = (
+        times.get(dataclasses.replace(row, elements=0, paired=paired), {}) for paired in (None, 0)
+    )
+    gains: dict[int, float] = {}
+    for key in alone.keys() & together.keys():
+        shape, transposed = key
+        summed = shape[0] if transposed else shape[1]
+        gains[summed] = gains.get(summed, 0.0) + alone[key][0] - together[key][0]
+    faster = list(itertools.takewhile(lambda summed: gains[summed] > 0, sorted(gains, reverse=True)))
+    return dataclasses.replace(row, paired=_power_below(faster[-1]) if faster else None)
+
+
+def _power_below(number: int) -> int:
+    """The largest power of two that is no larger."""
+    return 2 ** (number.bit_length() - 1)
 
 
 def table(rows: list[Row]) -> str:
