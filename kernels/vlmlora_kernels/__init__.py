@@ -3,6 +3,7 @@
 from vlmlora_kernels.dispatch import Choice, explain
 from vlmlora_kernels.in_place import elementwise_in_place
 from vlmlora_kernels.int8 import dequantize_int8, matmul_int8, quantize_int8
+from vlmlora_kernels.low_rank import LowRankGradients, low_rank_gradients
 from vlmlora_kernels.nf4 import (
     CODE_BOOKS,
     DYNAMIC_CODE,
@@ -20,6 +21,7 @@ __all__ = [
     "DYNAMIC_CODE",
     "NESTED_BLOCKSIZE",
     "Choice",
+    "LowRankGradients",
     "NestedAbsmax",
     "dequantize_4bit",
     "dequantize_int8",
@@ -27,6 +29,7 @@ __all__ = [
     "double_quantize",
     "elementwise_in_place",
     "explain",
+    "low_rank_gradients",
     "matmul_4bit",
     "matmul_int8",
     "quantize_4bit",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from vlmlora_kernels.hopper.in_place import BLOCK, PRIMITIVES
+from vlmlora_kernels.hopper.low_rank_gradients import MAX_RANK
 from vlmlora_kernels.hopper.tuning import FUSED_TOKENS, is_overlapped_fastest, most_fused_tokens
 
 FUSED, OVERLAPPED, DECODE, XLA = "fused", "overlapped", "decode", "xla"
@@ -155,19 +156,47 @@ def obstacle_to_in_place(arrays: Sequence[Any], primitives: frozenset[str]) -> s
         arrays: the arguments' shapes and types.
         primitives: of which the function is made.
     """
+    size = math.prod(arrays[0].shape)
+    return (
+        _obstacle_to_elementwise(arrays, primitives, "arrays")
+        or (f"the kernel takes multiples of {BLOCK} elements, and these are {size}" if size % BLOCK else None)
+        or _obstacle_on_device()
+    )
+
+
+def obstacle_to_low_rank_gradients(
+    arrays: Sequence[Any], ranks: Sequence[int], primitives: frozenset[str]
+) -> str | None:
+    """Why no kernel computes an elementwise function's gradients beside their low-rank products here; None:
+    one does.
+
+    Args:
+        arrays: shapes and types of the wide arrays that are read.
+        ranks: of the factors.
+        primitives: of which the function is made.
+    """
+    if len(arrays) > 3:
+        return f"the kernel takes functions of 1 or 2 arguments, and this has {len(arrays) - 1}"
+    if arrays[0].shape[-1] % 8:
+        return f"the kernel takes rows by 8 elements, and these have {arrays[0].shape[-1]}"
+    if max(ranks) > MAX_RANK:
+        return f"the kernel takes ranks up to {MAX_RANK}, and there is one of {max(ranks)}"
+    return _obstacle_to_elementwise(arrays, primitives, "matrices") or _obstacle_on_device()
+
+
+def _obstacle_to_elementwise(arrays: Sequence[Any], primitives: frozenset[str], what: str) -> str | None:
     first = arrays[0]
     is_alike = all((each.shape, each.dtype) == (first.shape, first.dtype) for each in arrays)
     if not is_alike or first.dtype not in (jnp.bfloat16, jnp.float16):
         found = ", ".join(f"{each.dtype}{list(each.shape)}" for each in arrays)
-        return f"the kernel takes 16-bit arrays of one shape and type, and these are {found}"
+        return f"the kernel takes 16-bit {what} of one shape and type, and these are {found}"
     if unknown := primitives - PRIMITIVES:
         return f"the kernel knows no {', '.join(sorted(unknown))}"
-    size = math.prod(first.shape)
-    if size % BLOCK or not size:
-        return f"the kernel takes multiples of {BLOCK} elements, and these are {size}"
+    if not math.prod(first.shape):
+        return "they are empty"
     if any(each.manual_axis_type.varying for each in arrays):
         return "Pallas does not write over arrays that differ among the devices of a mesh"
-    return _obstacle_on_device()
+    return None
 
 
 def _obstacle_of_size(shape, limit: int) -> str | None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.kernels.test_low_rank_gradients import GATED, check, problem
 from vlmlora_kernels import (
     CODE_BOOKS,
     DYNAMIC_CODE,
@@ -18,6 +19,7 @@ from vlmlora_kernels import (
     dequantize_int8,
     elementwise_in_place,
     explain,
+    low_rank_gradients,
     matmul_4bit,
     matmul_int8,
 )
@@ -324,3 +326,21 @@ def test_elementwise_over_its_arguments(key, shape, activation):
             value, reference = np.asarray(value, np.float64), np.asarray(reference)
             atol = 2e-6 * np.abs(reference).max()
             np.testing.assert_allclose(value, reference, rtol=2**-8 + 1e-5, atol=atol)
+
+
+@pytest.mark.parametrize("is_in_place", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "features", "room", "ranks"),
+    [
+        (4096, 18944, 64, [16, 16, 16]),
+        (1000, 3420, 36, [16, 8, 16]),
+        (77, 120, 8, [32, 5, 17]),
+        (2, 8, 0, [1] * 3),
+    ],
+)
+def test_gradients_between_low_rank_products(tokens, features, room, ranks, is_in_place):
+    arguments = problem(tokens, features, room, ranks, seed=int.from_bytes(os.urandom(4), "little") // 2)
+    step = jax.jit(functools.partial(low_rank_gradients, GATED, is_in_place=is_in_place))
+    check(step(*arguments), arguments, GATED)
+    # In place or not, what was given is as it was.
+    check(step(*arguments), arguments, GATED)

@@ -15,6 +15,7 @@ from vlmlora.lora.selection import select
 from vlmlora.models.init import init_parameters
 from vlmlora.models.module_table import module_table
 from vlmlora.models.registry import family_of
+from vlmlora.nn import low_rank
 from vlmlora.nn.low_rank import MLP_LOW_RANK
 from vlmlora.nn.mlp import MLP_UP
 from vlmlora.nn.saved import is_computed_again
@@ -29,6 +30,14 @@ from vlmlora.training.step import _compiler_options, init_train_state, make_trai
 
 CONFIG = tiny_config()
 BATCH = batches(Case([[3, Visual(1, 4, 4), 4], [5]]), CONFIG)[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow_room():
+    """Rows of whole lines would make layers of this size as wide as others, from which tests tell them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(low_rank, "_ALIGNMENT", 8)
+        yield
 
 
 def widths(arrays):

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from vlmlora.nn.low_rank import Factors, low_rank_products, room_for
+from vlmlora.nn.low_rank import Factors, add_bias, low_rank_block, low_rank_products, room_for
+from vlmlora.nn.saved import name_for_policies
 from vlmlora.nn.trained import TRAINED
 from vlmlora.nn.variables import Frozen, abstract_array, parameter
 from vlmlora.quantization.sharded import BATCH, ShardedTable, batch_shards, is_whole, layout_of, row_spec
@@ -55,9 +55,7 @@ class Linear(nnx.Module):
         return y if self.adapter is None else self.adapter(x, y, base=self, key=key)
 
     def _add_bias(self, y: jax.Array) -> jax.Array:
-        if self.bias is None:
-            return y
-        return y + jnp.pad(self.bias.get_value().astype(y.dtype), (0, y.shape[-1] - self.out_features))
+        return add_bias(y, None if self.bias is None else self.bias.get_value())
 
 
 def apply_to_same(
@@ -80,8 +78,7 @@ def apply_to_same(
     factors = [_factors_in_one_product(layer, x, key) for layer in layers]
     room = 0
     if before is not None and all(factors) and (after := _factors_in_one_product(before, x, key)):
-        ranks = [each.a.shape[0] for each in (*factors, after)]
-        room = room_for(before.in_features, ranks)
+        room = _room_between(factors, before, after)
     joined = [(layer, each) for layer, each in zip(layers, factors, strict=True) if each]
     weights = [layer.weight.get_value() for layer, _ in joined]
     products = low_rank_products(x, weights, [each for _, each in joined], room=room) if joined else ()
@@ -92,29 +89,58 @@ def apply_to_same(
     )
 
 
-def apply_after(
+def apply_through(
     function: Callable[..., jax.Array],
-    xs: Sequence[Float[Array, "*batch in_and_room"]],
-    layer: Linear,
+    x: Float[Array, "*batch in_features"],
+    layers: Sequence[Linear],
+    last: Linear,
     *,
+    names: Sequence[str],
     key: PRNGKeyArray | None = None,
     is_tight: bool = False,
 ) -> Float[Array, "*batch out"]:
-    """``layer(function(*xs))``, whose backward pass reads `xs` once for all that it needs of the function.
+    """``last(function(*(layer(x) for layer in layers)))``, adapters' products in one with the layers' own.
+
+    The backward pass reads what is between the layers once for all that it needs of it, as far as it can.
 
     Args:
-        function: elementwise, and of zeros zero.
-        xs: its arguments; columns beyond the layer's `in_features` are zero.
-        layer: what is applied to the result.
-        key: drives the adapter's dropout, and None switches it off.
-        is_tight: the backward pass holds `xs` for this alone, and had better take no memory beside them.
+        function: of the layers' results; elementwise, and of zeros zero.
+        x: the layers' input.
+        layers: of as many input and output features each.
+        last: what is applied to the function's result.
+        names: by which policies of `jax.checkpoint` know the layers' results.
+        key: drives the adapters' dropout, and None switches it off.
+        is_tight: the backward pass holds these results for this alone, and had better take no memory beside
+            them.
     """
-    factors = _factors_in_one_product(layer, xs[0], key)
-    if factors is None:
-        return layer(function(*xs), key=key)
-    weights = [layer.weight.get_value()]
-    (y,) = low_rank_products(xs, weights, [factors], function=function, is_tight=is_tight)
-    return layer._add_bias(y)
+    factors = [_factors_in_one_product(layer, x, key) for layer in layers]
+    last_factors = _factors_in_one_product(last, x, key)
+    if last_factors is not None and all(factors):
+        y = low_rank_block(
+            x,
+            [layer.weight.get_value() for layer in layers],
+            factors,
+            [None if layer.bias is None else layer.bias.get_value() for layer in layers],
+            last.weight.get_value(),
+            last_factors,
+            room=_room_between(factors, last, last_factors),
+            function=function,
+            names=names,
+            is_tight=is_tight,
+        )
+        return last._add_bias(y)
+    ys = apply_to_same(x, *layers, key=key)
+    ys = [name_for_policies(y, name) for y, name in zip(ys, names, strict=True)]
+    if last_factors is None:
+        return last(function(*ys), key=key)
+    weights = [last.weight.get_value()]
+    (y,) = low_rank_products(ys, weights, [last_factors], function=function, is_tight=is_tight)
+    return last._add_bias(y)
+
+
+def _room_between(factors: Sequence[Factors], last: Linear, last_factors: Factors) -> int:
+    """Columns to the right of layers' results in which their products and the next layer's find place."""
+    return room_for(last.in_features, [each.a.shape[0] for each in (*factors, last_factors)])
 
 
 def _factors_in_one_product(layer: Linear, x: jax.Array, key: PRNGKeyArray | None) -> Factors | None:

@@ -11,6 +11,9 @@ are wide, their dy stand side by side too, above each other's W and A. For ``x A
 written with room to the right. Where that costs a pass over x, as between the products of a feed-forward
 block, the product before can leave the room: columns of zeros.
 
+Between the wide projections of a feed-forward block and its last one stands a function, whose backward pass
+and all low-rank products around it are one pass over the wide arrays where a kernel can.
+
 On a mesh every device does so with its rows of x and the whole weight, gathered.
 """
 
@@ -18,21 +21,22 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vlmlora.nn.saved import name_for_policies
+from vlmlora.nn.saved import name_for_policies, naming
 from vlmlora.quantization.sharded import ShardedWeight, with_whole_weights
 from vlmlora.quantization.weights import Framable
+from vlmlora_kernels import low_rank as kernels
 from vlmlora_kernels.in_place import elementwise_in_place, obstacle
 
 MLP_LOW_RANK = "mlp_low_rank"
 """Name of what the A of a feed-forward block's last projection gives, for checkpoint policies."""
 
-_ALIGNMENT = 8  # elements: rows of 16-bit matrices are then whole words of 16 bytes, which fast products need
+_ALIGNMENT = 64  # elements: rows of 16-bit matrices are then whole lines of 128 bytes
 
 
 class Factors(NamedTuple):
@@ -112,48 +116,24 @@ def _products_fwd(xs, weights, factors, room, room_of_x, function, is_tight):
 def _products_bwd(room, room_of_x, function, is_tight, residuals, cotangents):
     def backward(weights, of_rows, factors):
         batch = of_rows[1].shape[:-1]
-        saved, low_rank, cotangents = jax.tree.map(lambda each: each.reshape(-1, each.shape[-1]), of_rows)
-        features = factors[0].a.shape[1]
-        # What computes a cotangent does so with wide loads, unless the room for its product is part of it.
-        sides = _sides(jax.lax.optimization_barrier(cotangents), weights, factors, has_room=room > 0)
-        dys, projected, dbs = [], [], []
-        for side, start in zip(sides, accumulate(side.ranks for side in sides), strict=True):
-            dy, product = _augment(side.cotangent, side.b)
-            dys.append(dy)
-            projected.append(product)
-            # Gradients are taken of the augmented arrays and cut: the plain ones need not exist beside them.
-            dbs += side.cut(_contract(dy, low_rank[:, start - side.ranks : start], (0, 0)))
-
-        def gradient_of_a(x: jax.Array) -> jax.Array:
-            return _contract(jnp.concatenate(projected, axis=1), x, (0, 0))[:, :features]
-
-        def gradient_of_x(dys: Sequence[jax.Array]) -> jax.Array:
-            products = (
-                _contract(dy, side.below(dy.shape[1], room_of_x), (1, 0))
-                for dy, side in zip(dys, sides, strict=True)
-            )
-            return functools.reduce(jnp.add, products)
+        saved, low_rank, cotangents = _as_matrices(of_rows)
+        sides = _sides(cotangents, low_rank, weights, factors, has_room=room > 0)
 
         def pull_back(dx: jax.Array, *saved: jax.Array) -> tuple[jax.Array, ...]:
-            if function is None:
-                return *saved, dx
-            x, pull = jax.vjp(function, *saved)
-            return x, *pull(dx)
+            return (*saved, dx) if function is None else _pull_back(function, dx, *saved)
 
         has_kernel = is_tight and obstacle(pull_back, saved[0], *saved) is None
         if function is None or (is_tight and not has_kernel):
-            # Once the factors' gradients are there x is not needed any more, before its own takes memory.
             x = saved[0] if function is None else function(*saved)
-            dys, da, dbs = jax.lax.optimization_barrier((dys, gradient_of_a(x), dbs))
-            _, *dxs = pull_back(gradient_of_x(dys), *saved)
+            dx, da, dbs = _gradients(sides, x, room_of_x)
+            _, *dxs = pull_back(dx, *saved)
         else:
-            dys, dbs = jax.lax.optimization_barrier((dys, dbs))
+            sides, dbs = _behind_barrier(sides, _gradients_of_b(sides))
             in_one_pass = functools.partial(elementwise_in_place, pull_back) if has_kernel else pull_back
-            x, *dxs = in_one_pass(gradient_of_x(dys), *saved)
-            dxs, da = jax.lax.optimization_barrier((dxs, gradient_of_a(x)))
-        das = jnp.split(da, _starts(factors)[1:])
+            x, *dxs = in_one_pass(_gradient_of_x(sides, room_of_x), *saved)
+            dxs, da = jax.lax.optimization_barrier((dxs, _gradient_of_a(sides, x)))
         dxs = tuple(dx.reshape(*batch, dx.shape[1]) for dx in dxs)
-        return dxs, tuple(Factors(*each) for each in zip(das, dbs, strict=True))
+        return dxs, _as_factors(da, dbs)
 
     saved, low_rank, weights, factors = residuals
     of_rows = tuple(saved), low_rank, cotangents
@@ -164,34 +144,158 @@ def _products_bwd(room, room_of_x, function, is_tight, residuals, cotangents):
 _products.defvjp(_products_fwd, _products_bwd)
 
 
+def low_rank_block(
+    x: Float[Array, "*batch in_and_room"],
+    weights: Sequence[Framable | ShardedWeight],
+    factors: Sequence[Factors],
+    biases: Sequence[Float[Array, " out"] | None],
+    last_weight: Framable | ShardedWeight,
+    last_factors: Factors,
+    *,
+    room: int,
+    function: Callable[..., jax.Array],
+    names: Sequence[str],
+    is_tight: bool = False,
+) -> Float[Array, "*batch last_out"]:
+    """Low-rank products of a function of low-rank products of x: ``last(function(*firsts(x)))``.
+
+    Where a kernel can, the backward pass reads the wide arrays in between once for the function's gradients
+    and the low-rank products of these; elsewhere it is that of `low_rank_products`, twice.
+
+    Args:
+        x: see `low_rank_products`.
+        weights: of the first layers, of as many output features each; all on one device or on one mesh.
+        factors: of each.
+        biases: of each; None where there is none.
+        last_weight: of the layer behind the function.
+        last_factors: its factors.
+        room: columns to the right of the first layers' results, in which all adapters' products find place.
+        function: of these results; elementwise, and of zeros zero.
+        names: by which policies of `jax.checkpoint` know these results.
+        is_tight: the backward pass writes over them, where a kernel can, see `low_rank_products`.
+    """
+    room_of_x = x.shape[-1] - factors[0].a.shape[1]
+    first = tuple(weights), tuple(factors), tuple(biases)
+    name = tuple(map(naming, names))
+    return _block(x, *first, last_weight, last_factors, room, room_of_x, function, name, is_tight)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9, 10))
+def _block(x, weights, factors, biases, last_weight, last_factors, *static):
+    return _block_fwd(x, weights, factors, biases, last_weight, last_factors, *static)[0]
+
+
+def _block_fwd(
+    x, weights, factors, biases, last_weight, last_factors, room, room_of_x, function, name, is_tight
+):
+    ys, of_first = _products_fwd((x,), weights, factors, room, room_of_x, None, False)
+    ys = tuple(named(add_bias(y, bias)) for named, y, bias in zip(name, ys, biases, strict=True))
+    (result,), of_last = _products_fwd(ys, (last_weight,), (last_factors,), 0, room, function, is_tight)
+    return result, (of_first, biases, of_last)
+
+
+def _block_bwd(room, room_of_x, function, name, is_tight, residuals, cotangent):
+    of_first, biases, of_last = residuals
+    (x,), low_rank, weights, factors = of_first
+    ys, last_low_rank, (last_weight,), (last_factors,) = of_last
+    pull_back = functools.partial(_pull_back, function)
+    matrices = _as_matrices(ys)
+    bs = [each.b for each in factors]
+    ranks = jnp.split(_as_matrices(low_rank), _starts(factors)[1:], axis=1)
+    ranks = [each[:, : b.shape[1]] for each, b in zip(ranks, bs, strict=True)]
+    arguments = matrices, _as_matrices(last_low_rank), ranks, bs
+    is_on_mesh = isinstance(last_weight, ShardedWeight)
+    if is_on_mesh or kernels.obstacle(pull_back, matrices[0], *arguments) is not None:
+        d_ys, _, (d_last,) = _products_bwd(0, room, function, is_tight, of_last, (cotangent,))
+        d_biases = _gradients_of_biases(d_ys, biases)
+        (dx,), _, d_factors = _products_bwd(room, room_of_x, None, False, of_first, d_ys)
+        return dx, None, d_factors, d_biases, None, d_last
+
+    behind = _sides(_as_matrices((cotangent,)), arguments[1], [last_weight], [last_factors], has_room=False)
+    behind, (db,) = _behind_barrier(behind, _gradients_of_b(behind))
+    found = kernels.low_rank_gradients(
+        pull_back, _gradient_of_x(behind, room), matrices, behind[0].product, ranks, bs, is_in_place=is_tight
+    )
+    sides = []
+    for number, (weight, each) in enumerate(zip(weights, factors, strict=True)):
+        product = found.products[number].astype(x.dtype)
+        room_left = room - product.shape[1]
+        dy = _fill(found.gradients[number], jnp.pad(product, ((0, 0), (0, room_left))))
+        sides.append(_Side(dy, product, [found.gradient_sums[number].astype(x.dtype)], [weight], [each]))
+    d_biases = _gradients_of_biases([side.dy for side in sides], biases)
+    dx, da, dbs = _gradients(sides, _as_matrices(x), room_of_x)
+    (d_last,) = _as_factors(found.value_sum.T.astype(x.dtype), [db])
+    return dx.reshape(*x.shape[:-1], -1), None, _as_factors(da, dbs), d_biases, None, d_last
+
+
+_block.defvjp(_block_fwd, _block_bwd)
+
+
+def add_bias(y: Float[Array, "*batch out_and_room"], bias: Float[Array, " out"] | None) -> jax.Array:
+    """y with a bias, and as much room to the right as before."""
+    if bias is None:
+        return y
+    return y + jnp.pad(bias.astype(y.dtype), (0, y.shape[-1] - bias.shape[0]))
+
+
+def _gradients_of_biases(dys: Sequence[jax.Array], biases: Sequence[jax.Array | None]) -> tuple:
+    return tuple(
+        None if bias is None else _as_matrices(dy)[:, : bias.shape[0]].sum(0).astype(bias.dtype)
+        for dy, bias in zip(dys, biases, strict=True)
+    )
+
+
+def _pull_back(function: Callable[..., jax.Array], dx: jax.Array, *saved: jax.Array) -> tuple[jax.Array, ...]:
+    """A function's value and the gradients of its arguments."""
+    x, pull = jax.vjp(function, *saved)
+    return x, *pull(dx)
+
+
+def _as_matrices(tree: Any) -> Any:
+    return jax.tree.map(lambda each: each.reshape(-1, each.shape[-1]), tree)
+
+
 class _Side(NamedTuple):
     """Layers whose cotangents share one left-hand side of the backward pass.
 
     Attributes:
-        cotangent: of the layers, side by side.
+        dy: the cotangents side by side, and their product with the layers' B.
+        product: that product, by itself.
+        dbs: gradient of each B.
         weights: of each.
         factors: of each.
     """
 
-    cotangent: Float[Array, "tokens outs_and_room"]
+    dy: Float[Array, "tokens outs_and_room"]
+    product: Float[Array, "tokens ranks"]
+    dbs: Sequence[Float[Array, "_ _"]]
     weights: Sequence[Framable]
     factors: Sequence[Factors]
 
-    @property
-    def ranks(self) -> int:
-        """The layers' ranks, in sum."""
-        return sum(each.b.shape[1] for each in self.factors)
-
-    @property
-    def b(self) -> Float[Array, "outs ranks"]:
-        """The layers' B on the diagonal."""
-        rows = [
-            jnp.pad(each.b, ((0, 0), (start, self.ranks - start - each.b.shape[1])))
-            for each, start in zip(self.factors, _starts(self.factors), strict=True)
+    @classmethod
+    def of(
+        cls,
+        cotangent: Float[Array, "tokens outs_and_room"],
+        low_rank: Float[Array, "tokens ranks"],
+        weights: Sequence[Framable],
+        factors: Sequence[Factors],
+    ) -> "_Side":
+        """From the layers' cotangents and their products with A, side by side."""
+        ranks = low_rank.shape[1]
+        diagonal = [
+            jnp.pad(each.b, ((0, 0), (start, ranks - start - each.b.shape[1])))
+            for each, start in zip(factors, _starts(factors), strict=True)
         ]
-        return jnp.concatenate(rows)
+        dy, product = _augment(cotangent, jnp.concatenate(diagonal))
+        # The gradient is taken of the augmented array and cut: the plain one need not exist beside it.
+        gradient, dbs, row = _contract(dy, low_rank, (0, 0)), [], 0
+        for each, start in zip(factors, _starts(factors), strict=True):
+            out, r = each.b.shape
+            dbs.append(gradient[row : row + out, start : start + r])
+            row += out
+        return cls(dy, product, dbs, weights, factors)
 
-    def below(self, width: int, room_of_x: int) -> Float[Array, "width in_and_room"]:
+    def below(self, room_of_x: int) -> Float[Array, "outs_and_room in_and_room"]:
         """The weights, the layers' A under them, and zeros."""
         *others, last = (
             (weight, jnp.zeros((each.b.shape[0], room_of_x), each.b.dtype))
@@ -199,35 +303,68 @@ class _Side(NamedTuple):
         )
         a = jnp.concatenate([each.a for each in self.factors])
         rows = sum(each.b.shape[0] for each in self.factors) + a.shape[0]
-        a = jnp.pad(a, ((0, width - rows), (0, room_of_x)))
+        a = jnp.pad(a, ((0, self.dy.shape[1] - rows), (0, room_of_x)))
         empty = jnp.zeros((0, a.shape[1]), a.dtype)
         framed = [weight.framed(right, empty) for weight, right in others]
         return jnp.concatenate([*framed, last[0].framed(last[1], a)])
 
-    def cut(self, gradient: Float[Array, "width ranks"]) -> list[Float[Array, "out r"]]:
-        """Each layer's part of the gradient of `b`."""
-        parts, row = [], 0
-        for each, start in zip(self.factors, _starts(self.factors), strict=True):
-            out, r = each.b.shape
-            parts.append(gradient[row : row + out, start : start + r])
-            row += out
-        return parts
-
 
 def _sides(
     cotangents: Sequence[jax.Array],
+    low_rank: Float[Array, "tokens ranks"],
     weights: Sequence[Framable],
     factors: Sequence[Factors],
     *,
     has_room: bool,
 ) -> list[_Side]:
     """One for each layer, if cotangents have room for products; if not, as room costs a copy, one for all."""
+    # What computes a cotangent does so with wide loads, unless the room for its product is part of it.
+    cotangents = jax.lax.optimization_barrier(cotangents)
     if has_room or len(cotangents) == 1:
-        each_alone = zip(cotangents, weights, factors, strict=True)
-        return [_Side(dy, [weight], [each]) for dy, weight, each in each_alone]
+        layers = zip(cotangents, weights, factors, _starts(factors), strict=True)
+        return [
+            _Side.of(dy, low_rank[:, start : start + each.b.shape[1]], [weight], [each])
+            for dy, weight, each, start in layers
+        ]
     outs, ranks = (sum(each.b.shape[axis] for each in factors) for axis in (0, 1))
     zeros = jnp.zeros((cotangents[0].shape[0], room_for(outs, [ranks])), cotangents[0].dtype)
-    return [_Side(jnp.concatenate([*cotangents, zeros], axis=1), weights, factors)]
+    beside = jnp.concatenate([*cotangents, zeros], axis=1)
+    return [_Side.of(beside, low_rank[:, :ranks], weights, factors)]
+
+
+def _gradients(
+    sides: Sequence[_Side], x: Float[Array, "tokens in_and_room"], room_of_x: int
+) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+    """Of x, of every A, of each B."""
+    # Once the factors' gradients are there x is not needed any more, before its own takes memory.
+    sides, da, dbs = _behind_barrier(sides, _gradient_of_a(sides, x), _gradients_of_b(sides))
+    return _gradient_of_x(sides, room_of_x), da, dbs
+
+
+def _gradient_of_x(sides: Sequence[_Side], room_of_x: int) -> Float[Array, "tokens in_and_room"]:
+    return functools.reduce(jnp.add, (_contract(side.dy, side.below(room_of_x), (1, 0)) for side in sides))
+
+
+def _gradient_of_a(sides: Sequence[_Side], x: Float[Array, "tokens in_and_room"]) -> jax.Array:
+    """Of every A, one above the other."""
+    features = sides[0].factors[0].a.shape[1]
+    products = jnp.concatenate([side.product for side in sides], axis=1)
+    return _contract(products, x, (0, 0))[:, :features]
+
+
+def _gradients_of_b(sides: Sequence[_Side]) -> list[jax.Array]:
+    return [db for side in sides for db in side.dbs]
+
+
+def _behind_barrier(sides: Sequence[_Side], *others: Any) -> tuple:
+    """Sides whose products begin when all of this is there, and the others."""
+    dys, *others = jax.lax.optimization_barrier(([side.dy for side in sides], *others))
+    return [side._replace(dy=dy) for side, dy in zip(sides, dys, strict=True)], *others
+
+
+def _as_factors(da: Float[Array, "ranks _"], dbs: Sequence[Float[Array, "_ _"]]) -> tuple[Factors, ...]:
+    das = jnp.split(da, list(accumulate(db.shape[1] for db in dbs))[:-1])
+    return tuple(Factors(*each) for each in zip(das, dbs, strict=True))
 
 
 def _augment(
@@ -243,14 +380,20 @@ def _augment(
     features, r = right.shape
     room = room_for(features, [r])
     wide = x if x.shape[1] >= features + room else _widen(x, features + room - x.shape[1])
-    # Two barriers that only XLA needs. Behind the first, x is computed once and not again for the update;
-    # behind the second, it does not know the start, with which it would make a concatenation and copy x.
+    # A barrier that only XLA needs: x is computed once and not again for the update.
     wide = jax.lax.optimization_barrier(wide)
     product = wide @ jnp.pad(right, ((0, wide.shape[1] - features), (0, 0)))
     if name is not None:
         product = name_for_policies(product, name)
-    start = jax.lax.optimization_barrier(jnp.int32(features))
-    return jax.lax.dynamic_update_slice(wide, product, (jnp.int32(0), start)), product
+    return _fill(wide, product, features), product
+
+
+def _fill(wide: Float[Array, "tokens wide"], product: Float[Array, "tokens r"], start: int | None = None):
+    """`wide` with a product at a column, or at its end, in place."""
+    start = wide.shape[1] - product.shape[1] if start is None else start
+    # Without the barrier XLA knew the start, made a concatenation and copied all.
+    start = jax.lax.optimization_barrier(jnp.int32(start))
+    return jax.lax.dynamic_update_slice(wide, product, (jnp.int32(0), start))
 
 
 def _widen(x: Float[Array, "tokens in"], room: int) -> Float[Array, "tokens wide"]:

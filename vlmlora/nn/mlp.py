@@ -7,7 +7,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from vlmlora.nn.linear import Linear, apply_after, apply_to_same
+from vlmlora.nn.linear import Linear, apply_through, apply_to_same
 from vlmlora.nn.saved import is_computed_again, name_for_policies
 
 MLP_UP = "mlp_up"
@@ -97,11 +97,10 @@ class GatedMLP(nnx.Module):
         self, x: Float[Array, "*batch hidden"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*batch hidden"]:
         """Apply the block; `key` drives adapter dropout."""
-        gate, up = apply_to_same(x, self.gate_proj, self.up_proj, key=key, before=self.down_proj)
-        gate, up = name_for_policies(gate, MLP_GATE), name_for_policies(up, MLP_UP)
         is_tight = is_computed_again(MLP_GATE) and is_computed_again(MLP_UP)
 
         def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
             return self.act(gate) * up
 
-        return apply_after(gated, [gate, up], self.down_proj, key=key, is_tight=is_tight)
+        wide, names = [self.gate_proj, self.up_proj], [MLP_GATE, MLP_UP]
+        return apply_through(gated, x, wide, self.down_proj, names=names, key=key, is_tight=is_tight)

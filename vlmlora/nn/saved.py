@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import jax
@@ -56,9 +56,16 @@ class Checkpoint:
 
 def name_for_policies(x: jax.Array, name: str) -> jax.Array:
     """The same array under a name by which policies of `jax.checkpoint` know it."""
+    return naming(name)(x)
+
+
+def naming(name: str) -> Callable[[jax.Array], jax.Array]:
+    """`name_for_policies` as of now, for what is traced later: the rules of a `jax.custom_vjp`."""
+    if name in _IN_PLACE.get():
+        return partial(checkpoint_name, name=name)
     # Without the barrier XLA runs a product that is used and saved twice: for its use, and again with the
     # stack of saved values as the place of its result. What is read there once it is saved is used once.
-    return checkpoint_name(x if name in _IN_PLACE.get() else jax.lax.optimization_barrier(x), name)
+    return lambda x: checkpoint_name(jax.lax.optimization_barrier(x), name)
 
 
 def computed(arrays: Sequence[jax.Array]) -> list[jax.Array]:
