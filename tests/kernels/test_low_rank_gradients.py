@@ -1,4 +1,4 @@
-"""Gradients between low-rank products in one pass: the kernel in Pallas' interpreter, and when it is taken."""
+"""Gradients between low-rank products in one pass: the kernel in the interpreter, and when it is taken."""
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu

@@ -172,8 +172,10 @@ def test_with_all_names_saved_no_product_with_a_base_weight_is_computed_twice(pa
     all_but_one = [{k: v for k, v in everything.items() if k != name} for name in everything]
     assert products(everything) == products("attention+mlp") == products(False)
     for policy in all_but_one:
-        # What attention computes is no such product, nor is that with A.
-        assert (products(policy) > products(False)) == ({"attention_output", "mlp_low_rank"} <= set(policy))
+        # What attention computes is no such product, nor are those with A.
+        assert (products(policy) > products(False)) == (
+            {"attention_output", "mlp_low_rank", "low_rank"} <= set(policy)
+        )
 
 
 def test_each_part_may_have_a_policy_of_its_own(parts, monkeypatch):

@@ -35,6 +35,8 @@ from vlmlora_kernels.in_place import elementwise_in_place, obstacle
 
 MLP_LOW_RANK = "mlp_low_rank"
 """Name of what the A of a feed-forward block's last projection gives, for checkpoint policies."""
+LOW_RANK = "low_rank"
+"""Name of what every other A gives."""
 
 _ALIGNMENT = 64  # elements: rows of 16-bit matrices are then whole lines of 128 bytes
 
@@ -97,7 +99,7 @@ def _products_fwd(xs, weights, factors, room, room_of_x, function, is_tight):
         features = factors[0].a.shape[1]
         x = xs[0] if function is None else function(*xs)
         a = jnp.concatenate([each.a for each in factors]).T
-        name = None if function is None else MLP_LOW_RANK
+        name = LOW_RANK if function is None else MLP_LOW_RANK
         wide, low_rank = _augment(x.reshape(-1, x.shape[-1]), a, name)
         width = wide.shape[1] - features
         products = []

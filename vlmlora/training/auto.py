@@ -26,7 +26,7 @@ import vlmlora
 from vlmlora.compilation_cache import cache_directory
 from vlmlora.distributed import mesh_of
 from vlmlora.nn.attention import ATTENTION_OUTPUT, QKV
-from vlmlora.nn.low_rank import MLP_LOW_RANK
+from vlmlora.nn.low_rank import LOW_RANK, MLP_LOW_RANK
 from vlmlora.nn.mlp import MLP_GATE, MLP_UP
 from vlmlora.nn.stack import ATTENTION_RESIDUAL, LAYER_INPUT
 from vlmlora.quantization.sharded import batch_shards
@@ -48,8 +48,10 @@ ATTENTION_SETS = tuple(
 )
 """What may be saved of a layer's attention. A byte of its output spares the most work, in long rows by far;
 one of each projection spares as much as one of any other."""
-MLP_SETS = tuple(dict.fromkeys((MLP_LOW_RANK, MLP_UP, MLP_GATE)[:count], "save") for count in range(4))
-"""What may be saved of a layer's feed-forward block."""
+MLP_SETS = tuple(
+    dict.fromkeys((MLP_LOW_RANK, MLP_UP, MLP_GATE, LOW_RANK)[:count], "save") for count in (0, 1, 2, 4)
+)
+"""What may be saved of a layer's feed-forward block; with all of it, the other low-rank products too."""
 ALL = ATTENTION_SETS[-1] | MLP_SETS[-1]
 """What leaves no product with a base weight to compute again."""
 

@@ -12,15 +12,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from vlmlora.nn.attention import ATTENTION_OUTPUT, FUSED_ATTENTION, QKV
-from vlmlora.nn.low_rank import MLP_LOW_RANK
+from vlmlora.nn.low_rank import LOW_RANK, MLP_LOW_RANK
 from vlmlora.nn.mlp import MLP_GATE, MLP_UP
 from vlmlora.nn.saved import Checkpoint
 from vlmlora.nn.stack import ATTENTION_RESIDUAL, LAYER_INPUT, Remat, TowerRemats
 
 logger = logging.getLogger(__name__)
 
-NAMES = (LAYER_INPUT, QKV, ATTENTION_OUTPUT, ATTENTION_RESIDUAL, MLP_GATE, MLP_UP, MLP_LOW_RANK)
-"""What a dict of policies may name, in the order in which a layer computes it."""
+NAMES = (LAYER_INPUT, QKV, ATTENTION_OUTPUT, ATTENTION_RESIDUAL, MLP_GATE, MLP_UP, MLP_LOW_RANK, LOW_RANK)
+"""What a dict of policies may name, in the order in which a layer computes it; the last is of all of it."""
 IN_PLACE = frozenset((ATTENTION_RESIDUAL, MLP_GATE, MLP_UP))
 """What elementwise work reads, which finds it in a stack of saved values as well as anywhere. A fused
 attention kernel would have its arguments copied from there."""
@@ -30,7 +30,7 @@ PARTS = tuple(field.name for field in fields(TowerRemats))
 """The parts of a model that may have a policy each, as in the module table."""
 
 _ATTENTION = {QKV: "save", ATTENTION_OUTPUT: "save", ATTENTION_RESIDUAL: "save"}
-_MLP = {MLP_GATE: "save", MLP_UP: "save", MLP_LOW_RANK: "save"}
+_MLP = {MLP_GATE: "save", MLP_UP: "save", MLP_LOW_RANK: "save", LOW_RANK: "save"}
 
 NAMED_POLICIES: dict[str, dict[str, str]] = {
     "unsloth": {LAYER_INPUT: "offload", MLP_LOW_RANK: "save"},
@@ -105,6 +105,7 @@ def remat_policy(policy: GradientCheckpointing, *, offloads: bool | None = None)
       a block without a gate has ``mlp_up`` alone.
     - ``mlp_low_rank``: of a gated block's last projection the adapter's product with A, [tokens, r], where
       that is part of the projection's own product. It is small, and to compute it reads the widest array.
+    - ``low_rank``: of every other projection the same. To compute it reads a whole input of some projections.
 
     On a backend that has no host memory apart from its own, what should be offloaded is saved, which a
     warning says once.
