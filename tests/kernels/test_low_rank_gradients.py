@@ -34,30 +34,26 @@ def problem(tokens, features, room, ranks, dtype=jnp.bfloat16, seed=0):
     return wide[0], wide[1:], projected, low_ranks, [matrix(features, rank) for rank in ranks[1:]]
 
 
-def exact(function, cotangent, xs, projected, low_ranks, bs):
-    """The same in float64, of results that are rounded once."""
+def check(found, arguments, function):
+    """Compare with the function in float32, and with products in float64 of what is rounded once."""
+    cotangent, xs, projected, low_ranks, bs = arguments
     features = bs[0].shape[0]
     results = function(*(x[:, :features].astype(jnp.float32) for x in (cotangent, *xs)))
-    value, *gradients = (np.asarray(y.astype(cotangent.dtype), np.float64) for y in results)
+    value, *expected = (np.asarray(y.astype(cotangent.dtype), np.float64) for y in results)
+    gradients = [np.asarray(gradient[:, :features], np.float64) for gradient in found[0]]
+    for gradient, one in zip(gradients, expected, strict=True):
+        # The exp is another: now and then the neighbour in bfloat16.
+        np.testing.assert_allclose(gradient, one, rtol=2**-7, atol=1e-5)
     projected, low_ranks, bs = jax.tree.map(lambda x: np.asarray(x, np.float64), (projected, low_ranks, bs))
     products = [d @ b for d, b in zip(gradients, bs, strict=True)]
     sums = [d.T @ low_rank for d, low_rank in zip(gradients, low_ranks, strict=True)]
-    return gradients, products, value.T @ projected, sums
-
-
-def check(found, arguments, function):
-    gradients, products, value_sum, sums = found
-    expected = exact(function, *arguments)
-    features = arguments[-1][0].shape[0]
-    for gradient, one in zip(gradients, expected[0], strict=True):
-        # The function in float32, whose exp is another: now and then the neighbour in bfloat16.
-        np.testing.assert_allclose(np.asarray(gradient[:, :features], np.float64), one, rtol=2**-7, atol=1e-5)
-    for sum_, one in zip(
-        [*products, value_sum, *sums], [*expected[1], expected[2], *expected[3]], strict=True
-    ):
+    for sum_, one in zip([*found[1], *found[3]], [*products, *sums], strict=True):
         assert sum_.dtype == jnp.float32
-        # Sums in float32 of products that are exact in it, and of the neighbours above.
-        np.testing.assert_allclose(sum_, one, rtol=0, atol=2e-4 * np.abs(one).max())
+        # Sums in float32 of up to 20,000 products that are exact in it.
+        np.testing.assert_allclose(sum_, one, rtol=0, atol=2e-5 * np.abs(one).max())
+    one = value.T @ projected
+    # A neighbour of the value in bfloat16 moves a sum by 2**-8 of one of its largest terms.
+    np.testing.assert_allclose(found[2], one, rtol=0, atol=3e-3 * np.abs(one).max())
 
 
 @pytest.mark.parametrize(

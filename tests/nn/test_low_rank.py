@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.kernels.test_hopper import H100
 from vlmlora.nn import low_rank
 from vlmlora.nn.low_rank import Factors, low_rank_block, low_rank_products, room_for
 from vlmlora.quantization.stacks import stack_weights
@@ -257,3 +258,17 @@ def test_a_block_in_one_pass_has_the_same_gradients(is_tight, monkeypatch):
         expected = np.asarray(expected, np.float32)
         largest = np.abs(expected).max()
         np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=2**-6 * largest)
+
+
+@pytest.mark.parametrize("is_tight", [False, True])
+def test_a_block_is_one_pass_on_an_h100(is_tight):
+    together, _, arguments = block_problem("nf4", 56, [4, 3, 2], jnp.bfloat16, tokens=(2, 32))
+
+    def loss(*arguments):
+        return jnp.sum(together(*arguments, is_tight=is_tight).astype(jnp.float32))
+
+    with jax.sharding.use_abstract_mesh(H100):
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).trace(*arguments)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "low_rank_gradients" in text
+    assert text.count("output_operand_alias<") == (2 if is_tight else 0)

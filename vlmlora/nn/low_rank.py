@@ -178,8 +178,8 @@ def low_rank_block(
     """
     room_of_x = x.shape[-1] - factors[0].a.shape[1]
     first = tuple(weights), tuple(factors), tuple(biases)
-    name = tuple(map(naming, names))
-    return _block(x, *first, last_weight, last_factors, room, room_of_x, function, name, is_tight)
+    give_names = tuple(map(naming, names))
+    return _block(x, *first, last_weight, last_factors, room, room_of_x, function, give_names, is_tight)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9, 10))
@@ -188,46 +188,82 @@ def _block(x, weights, factors, biases, last_weight, last_factors, *static):
 
 
 def _block_fwd(
-    x, weights, factors, biases, last_weight, last_factors, room, room_of_x, function, name, is_tight
+    x, weights, factors, biases, last_weight, last_factors, room, room_of_x, function, give_names, is_tight
 ):
     ys, of_first = _products_fwd((x,), weights, factors, room, room_of_x, None, False)
-    ys = tuple(named(add_bias(y, bias)) for named, y, bias in zip(name, ys, biases, strict=True))
+    layers = zip(ys, biases, give_names, strict=True)
+    ys = tuple(give_name(add_bias(y, bias)) for y, bias, give_name in layers)
     (result,), of_last = _products_fwd(ys, (last_weight,), (last_factors,), 0, room, function, is_tight)
     return result, (of_first, biases, of_last)
 
 
-def _block_bwd(room, room_of_x, function, name, is_tight, residuals, cotangent):
+def _block_bwd(room, room_of_x, function, give_names, is_tight, residuals, cotangent):
     of_first, biases, of_last = residuals
-    (x,), low_rank, weights, factors = of_first
-    ys, last_low_rank, (last_weight,), (last_factors,) = of_last
-    pull_back = functools.partial(_pull_back, function)
-    matrices = _as_matrices(ys)
-    bs = [each.b for each in factors]
-    ranks = jnp.split(_as_matrices(low_rank), _starts(factors)[1:], axis=1)
-    ranks = [each[:, : b.shape[1]] for each, b in zip(ranks, bs, strict=True)]
-    arguments = matrices, _as_matrices(last_low_rank), ranks, bs
-    is_on_mesh = isinstance(last_weight, ShardedWeight)
-    if is_on_mesh or kernels.obstacle(pull_back, matrices[0], *arguments) is not None:
+    if _has_kernel(function, of_first, of_last):
+        in_one_pass = _block_bwd_in_one_pass(room, room_of_x, function, is_tight, residuals, cotangent)
+        dx, d_ys, d_factors, d_last = in_one_pass
+    else:
         d_ys, _, (d_last,) = _products_bwd(0, room, function, is_tight, of_last, (cotangent,))
-        d_biases = _gradients_of_biases(d_ys, biases)
         (dx,), _, d_factors = _products_bwd(room, room_of_x, None, False, of_first, d_ys)
-        return dx, None, d_factors, d_biases, None, d_last
+    d_biases = tuple(
+        None if bias is None else _as_matrices(dy)[:, : bias.shape[0]].sum(0).astype(bias.dtype)
+        for dy, bias in zip(d_ys, biases, strict=True)
+    )
+    return dx, None, d_factors, d_biases, None, d_last
 
-    behind = _sides(_as_matrices((cotangent,)), arguments[1], [last_weight], [last_factors], has_room=False)
-    behind, (db,) = _behind_barrier(behind, _gradients_of_b(behind))
+
+_OfProducts = tuple[Sequence[jax.Array], jax.Array, Sequence[Any], Sequence[Factors]]
+"""What `_products_fwd` keeps: x or a function's arguments, their product with A, weights, factors."""
+
+
+def _has_kernel(function: Callable[..., jax.Array], of_first: _OfProducts, of_last: _OfProducts) -> bool:
+    """Whether the backward pass between the layers can be one."""
+    if any(isinstance(weight, ShardedWeight) for weight in of_last[2]):
+        return False
+    # Of the gradients that come from behind there are the shapes: those of what they are gradients of.
+    ys, projected = _as_matrices((of_last[0], of_last[1]))
+    bs = [each.b for each in of_first[3]]
+    pull_back = functools.partial(_pull_back, function)
+    return kernels.obstacle(pull_back, ys[0], ys, projected, _ranks_of(of_first), bs) is None
+
+
+def _block_bwd_in_one_pass(
+    room: int,
+    room_of_x: int,
+    function: Callable[..., jax.Array],
+    is_tight: bool,
+    residuals: tuple[_OfProducts, Any, _OfProducts],
+    cotangent: jax.Array,
+) -> tuple[jax.Array, list[jax.Array], tuple[Factors, ...], Factors]:
+    """Gradients of x, of what the first layers give, of their factors, and of the last layer's."""
+    of_first, _, (ys, last_low_rank, last_weights, last_factors) = residuals
+    (x,), _, weights, factors = of_first
+    cotangents, last_low_rank = _as_matrices(((cotangent,), last_low_rank))
+    behind = _sides(cotangents, last_low_rank, last_weights, last_factors, has_room=False)
+    behind, last_dbs = _behind_barrier(behind, _gradients_of_b(behind))
     found = kernels.low_rank_gradients(
-        pull_back, _gradient_of_x(behind, room), matrices, behind[0].product, ranks, bs, is_in_place=is_tight
+        functools.partial(_pull_back, function),
+        _gradient_of_x(behind, room),
+        _as_matrices(ys),
+        behind[0].product,
+        _ranks_of(of_first),
+        [each.b for each in factors],
+        is_in_place=is_tight,
     )
     sides = []
-    for number, (weight, each) in enumerate(zip(weights, factors, strict=True)):
-        product = found.products[number].astype(x.dtype)
-        room_left = room - product.shape[1]
-        dy = _fill(found.gradients[number], jnp.pad(product, ((0, 0), (0, room_left))))
-        sides.append(_Side(dy, product, [found.gradient_sums[number].astype(x.dtype)], [weight], [each]))
-    d_biases = _gradients_of_biases([side.dy for side in sides], biases)
+    for layer in zip(weights, factors, found.gradients, found.products, found.gradient_sums, strict=True):
+        weight, each, dy, product, db = layer
+        product = product.astype(x.dtype)
+        dy = _fill(dy, jnp.pad(product, ((0, 0), (0, room - product.shape[1]))), each.b.shape[0])
+        sides.append(_Side(dy, product, [db.astype(x.dtype)], [weight], [each]))
     dx, da, dbs = _gradients(sides, _as_matrices(x), room_of_x)
-    (d_last,) = _as_factors(found.value_sum.T.astype(x.dtype), [db])
-    return dx.reshape(*x.shape[:-1], -1), None, _as_factors(da, dbs), d_biases, None, d_last
+    (d_last,) = _as_factors(found.value_sum.T.astype(x.dtype), last_dbs)
+    return dx.reshape(*x.shape[:-1], -1), [side.dy for side in sides], _as_factors(da, dbs), d_last
+
+
+def _ranks_of(products: _OfProducts) -> list[Float[Array, "tokens _"]]:
+    """Each layer's product with its A."""
+    return jnp.split(_as_matrices(products[1]), _starts(products[3])[1:], axis=1)
 
 
 _block.defvjp(_block_fwd, _block_bwd)
@@ -238,13 +274,6 @@ def add_bias(y: Float[Array, "*batch out_and_room"], bias: Float[Array, " out"] 
     if bias is None:
         return y
     return y + jnp.pad(bias.astype(y.dtype), (0, y.shape[-1] - bias.shape[0]))
-
-
-def _gradients_of_biases(dys: Sequence[jax.Array], biases: Sequence[jax.Array | None]) -> tuple:
-    return tuple(
-        None if bias is None else _as_matrices(dy)[:, : bias.shape[0]].sum(0).astype(bias.dtype)
-        for dy, bias in zip(dys, biases, strict=True)
-    )
 
 
 def _pull_back(function: Callable[..., jax.Array], dx: jax.Array, *saved: jax.Array) -> tuple[jax.Array, ...]:
@@ -390,12 +419,13 @@ def _augment(
     return _fill(wide, product, features), product
 
 
-def _fill(wide: Float[Array, "tokens wide"], product: Float[Array, "tokens r"], start: int | None = None):
-    """`wide` with a product at a column, or at its end, in place."""
-    start = wide.shape[1] - product.shape[1] if start is None else start
+def _fill(
+    wide: Float[Array, "tokens wide"], product: Float[Array, "tokens r"], start: int
+) -> Float[Array, "tokens wide"]:
+    """`wide` with a product from a column on, in place."""
     # Without the barrier XLA knew the start, made a concatenation and copied all.
-    start = jax.lax.optimization_barrier(jnp.int32(start))
-    return jax.lax.dynamic_update_slice(wide, product, (jnp.int32(0), start))
+    column = jax.lax.optimization_barrier(jnp.int32(start))
+    return jax.lax.dynamic_update_slice(wide, product, (jnp.int32(0), column))
 
 
 def _widen(x: Float[Array, "tokens in"], room: int) -> Float[Array, "tokens wide"]:

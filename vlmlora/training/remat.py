@@ -114,8 +114,8 @@ def remat_policy(policy: GradientCheckpointing, *, offloads: bool | None = None)
         policy: False saves every intermediate result. True saves a layer's input alone and computes the rest
             again in the backward pass. ``"unsloth"`` does the same, but keeps the layer inputs in pinned host
             memory and saves ``mlp_low_rank``. ``"attention"`` and ``"mlp"`` save all that is named in their
-            half of the layer, and ``"attention+mlp"`` in both, which leaves no product with a base weight to
-            compute again. Or a dict. A function is returned as it is.
+            half of the layer, the latter ``low_rank`` too, and ``"attention+mlp"`` in both, which leaves no
+            product with a base weight to compute again. Or a dict. A function is returned as it is.
         offloads: whether there is host memory apart from the device's; None asks the default device.
 
     Raises:
