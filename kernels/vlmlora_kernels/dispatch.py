@@ -181,6 +181,8 @@ def obstacle_to_low_rank_gradients(
         return f"the kernel takes rows by 8 elements, and these have {arrays[0].shape[-1]}"
     if max(ranks) > MAX_RANK:
         return f"the kernel takes ranks up to {MAX_RANK}, and there is one of {max(ranks)}"
+    if (size := math.prod(arrays[0].shape)) >= 2**32:
+        return f"the kernel takes fewer than {2**32} elements, and these are {size}"
     return _obstacle_to_elementwise(arrays, primitives, "matrices") or _obstacle_on_device()
 
 

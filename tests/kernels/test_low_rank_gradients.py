@@ -114,6 +114,7 @@ def test_it_says_why_it_cannot_run():
         given = {"tokens": 24, "features": 40, "room": 8, "ranks": [3, 4, 5]} | change
         return obstacle(function, *problem(**given))
 
+    reasons = []
     assert "default device is a cpu" in why()
     with pytest.raises(ValueError, match="cannot run this: the kernels are for Hopper GPUs"):
         low_rank_gradients(GATED, *problem(24, 40, 8, [3, 4, 5]))
@@ -125,4 +126,7 @@ def test_it_says_why_it_cannot_run():
         of_three = why(lambda *arrays: arrays, ranks=[3] * 4)
         assert "functions of 1 or 2 arguments, and this has 3" in of_three
         assert "they are empty" in why(tokens=0)
+        large = jax.eval_shape(lambda: problem(2**18, 2**14, 0, [1, 1, 1]))
+        jax.eval_shape(lambda *a: reasons.append(obstacle(GATED, *a)), *large)
+        assert "fewer than 4294967296 elements, and these are 4294967296" in reasons[0]
         assert "knows no" in why(gated_gradient(lambda x: jax.nn.gelu(x, approximate=False)))

@@ -5,8 +5,8 @@ backward pass reads them and the gradient of its result and writes their gradien
 meets a low-rank factor, which by itself is a product of a few columns that reads the whole array once more:
 
     value = f(x_1, ..., x_n)        d_i = the gradient of x_i
-    d_i @ B_i.T                     summed over features
-    d_i.T @ L_i, value.T @ P        summed over tokens, L_i and P of the same rank
+    d_i @ B_i                       summed over features
+    d_i.T @ L_i, value.T @ P        summed over tokens
 
 A block of threads owns a strip of features and a range of tokens. One warpgroup copies tiles of 64 tokens by
 64 features into shared memory; two others compute, write the result over the tile, from where it leaves for
