@@ -1,7 +1,7 @@
 """The backward pass of an elementwise function between products with low-rank factors."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,17 +68,11 @@ def low_rank_gradients(
     """
     if reason := obstacle(function, cotangent, xs, projected, low_ranks, bs):
         raise ValueError(f"low_rank_gradients cannot run this: {reason}")
-    count = len(xs)
 
-    def split(arrays: Sequence[jax.Array]) -> tuple:
-        cotangent, projected, *rest = arrays
-        return cotangent, rest[:count], projected, rest[count : 2 * count], rest[2 * count :]
+    def kernel(*arguments: Any) -> LowRankGradients:
+        return LowRankGradients(*hopper.low_rank_gradients(function, *arguments, is_in_place=is_in_place))
 
-    def kernel(*arrays: jax.Array) -> LowRankGradients:
-        return LowRankGradients(*hopper.low_rank_gradients(function, *split(arrays), is_in_place=is_in_place))
-
-    def in_xla(*arrays: jax.Array) -> LowRankGradients:
-        cotangent, xs, projected, low_ranks, bs = split(arrays)
+    def in_xla(cotangent, xs, projected, low_ranks, bs) -> LowRankGradients:
         results = function(*(x.astype(jnp.float32) for x in (cotangent, *xs)))
         value, *gradients = (y.astype(cotangent.dtype) for y in results)
         features = bs[0].shape[0]
@@ -92,7 +86,7 @@ def low_rank_gradients(
         sums = [contract(d, low_rank, 0) for d, low_rank in zip(gradients, low_ranks, strict=True)]
         return LowRankGradients(gradients, products, contract(value, projected, 0), sums)
 
-    return on_cuda(one_by_one(kernel), in_xla, cotangent, projected, *xs, *low_ranks, *bs)
+    return on_cuda(one_by_one(kernel), in_xla, cotangent, list(xs), projected, list(low_ranks), list(bs))
 
 
 def obstacle(

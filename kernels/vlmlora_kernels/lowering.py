@@ -7,13 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from vlmlora_kernels.hopper import matvec, overlapped, wgmma
 from vlmlora_kernels.hopper.scales import scales_by_column
 from vlmlora_kernels.hopper.tuning import FUSED_TOKENS, ManyTokens, many_tokens_row, matvec_tuning
 
 
-def on_cuda(kernel: Callable, elsewhere: Callable, *arrays: jax.Array) -> Any:
+def on_cuda(kernel: Callable, elsewhere: Callable, *arrays: PyTree) -> Any:
     """`kernel` where the program is lowered for a CUDA GPU, `elsewhere` on any other platform."""
     return jax.lax.platform_dependent(*arrays, cuda=kernel, default=elsewhere)
 

@@ -49,7 +49,11 @@ class Ring:
     def leave(self, free: Any, steps: Any) -> None:
         """After all steps: stay until the other block, which says so here, has read the last slots."""
         if self.cluster > 1:
-            lax.fori_loop(steps, steps + self.slots, lambda step, _: self.wait(free, step), None)
+            self.drain(free, steps)
+
+    def drain(self, free: Any, steps: Any) -> None:
+        """After all steps: wait until all slots have been read."""
+        lax.fori_loop(steps, steps + self.slots, lambda step, _: self.wait(free, step), None)
 
     def multiply(
         self, free: Any, start: Any, end: Any, start_step: Callable[[Any], None], *, takes_turns: bool = False
