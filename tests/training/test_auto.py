@@ -197,7 +197,7 @@ def test_what_cannot_fit_is_refused_before_training_with_what_would(parts, progr
     assert "XLA_PYTHON_CLIENT_MEM_FRACTION" in text
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     # What it says would fit does.
-    policy = ast.literal_eval(re.search(r"trained\. gradient_checkpointing=(.*) should fit", text)[1])
+    policy = ast.literal_eval(re.search(r"trained\. gradient_checkpointing=(.*?) should fit", text)[1])
     assert programs(policy)[0] <= budget
     # There is no policy that fits this.
     step, state, frozen = automatic(parts, memory_budget=least // 2)

@@ -32,6 +32,7 @@ def scan_in_place(
     x: jax.Array,
     steps: PyTree,
     *,
+    length: int | None = None,
     in_place: Set[str] = frozenset(),
     on_host: Set[str] = frozenset(),
     name_of_x: str | None = None,
@@ -45,6 +46,7 @@ def scan_in_place(
         body: under `jax.checkpoint` with a policy that saves on the device what is to be kept, wherever.
         x: the carry, a single floating-point array.
         steps: arrays with a leading axis over the steps.
+        length: number of steps. Arrays without a gradient may have more, and are not copied for having them.
         in_place: names, as `jax.ad_checkpoint.checkpoint_name` gives them, of the saved values that are read
             where they are kept. Others are copied there. The carry is read there if it is on the device.
         on_host: names of the saved values that are kept in pinned host memory.
@@ -56,6 +58,7 @@ def scan_in_place(
         The last step's carry, and the steps' own outputs stacked.
     """
     leaves, steps_tree = jax.tree.flatten(steps)
+    length = leaves[0].shape[0] if length is None else length
 
     def flat_body(x: jax.Array, leaves: Sequence[jax.Array]) -> tuple[jax.Array, PyTree]:
         return body(x, jax.tree.unflatten(steps_tree, leaves))
@@ -65,7 +68,7 @@ def scan_in_place(
     one_step = partial(_evaluate, closed.jaxpr)
     primitives = tuple(named_primitives.items())
     places = _Places(frozenset(in_place), frozenset(on_host), name_of_x in on_host, primitives)
-    x, outputs = _scan(one_step, places, list(closed.consts), x, leaves)
+    x, outputs = _scan(one_step, places, length, list(closed.consts), x, leaves)
     return x, jax.tree.unflatten(jax.tree.structure(ys), outputs)
 
 
@@ -107,13 +110,13 @@ class _Places:
         return names
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scan(one_step: OneStep, places: _Places, constants, x, leaves):
-    def body(x: jax.Array, leaves: Sequence[jax.Array]) -> tuple[jax.Array, list[Value]]:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _scan(one_step: OneStep, places: _Places, length: int, constants, x, leaves):
+    def body(number: jax.Array, x: jax.Array, leaves: Sequence[jax.Array]) -> tuple[jax.Array, list[Value]]:
         x, *outputs = one_step(constants, [x, *leaves])
         return x, outputs
 
-    return jax.lax.scan(body, x, leaves)
+    return _loop(body, x, leaves, length)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,11 +172,10 @@ class _Residuals:
     trace: _Trace
 
 
-def _forward(one_step: OneStep, places: _Places, constants, x, leaves):
+def _forward(one_step: OneStep, places: _Places, length: int, constants, x, leaves):
     is_moving = [each.perturbed for each in (*constants, x, *leaves)]
     constants, x, leaves = jax.tree.map(lambda each: each.value, (constants, x, leaves))
     trace, closed_over = _trace(one_step, places, is_moving, constants, x, leaves)
-    length = leaves[0].shape[0]
     numbers = {var: number for number, var in enumerate(trace.saved)}
     stacks = [_empty(length, var.aval, numbers[var], on_host=var in trace.leaving) for var in trace.saved]
     if places.x_on_host:
@@ -210,12 +212,12 @@ def _forward(one_step: OneStep, places: _Places, constants, x, leaves):
             return (x, xs, stacks), outputs
         return (None, _put(xs, x, number + 1), stacks), outputs
 
-    (x, xs, stacks), outputs = _loop(body, (x, xs, stacks), leaves)
+    (x, xs, stacks), outputs = _loop(body, (x, xs, stacks), leaves, length)
     residuals = _Residuals(constants, leaves, xs, stacks, closed_over, trace)
     return (x if places.x_on_host else xs[-1], outputs), residuals
 
 
-def _backward(one_step: OneStep, places: _Places, residuals: _Residuals, cotangents):
+def _backward(one_step: OneStep, places: _Places, length: int, residuals: _Residuals, cotangents):
     del one_step
     trace, constants = residuals.trace, residuals.constants
     dx, d_outputs = cotangents
@@ -247,7 +249,7 @@ def _backward(one_step: OneStep, places: _Places, residuals: _Residuals, cotange
         return (gradients[len(constants)], sums), [gradients[each] for each in of_leaves]
 
     sums = [jnp.zeros(constants[each].shape, constants[each].dtype) for each in of_constants]
-    (dx, sums), d_leaves = _loop(body, (dx, sums), (residuals.leaves, given), reverse=True)
+    (dx, sums), d_leaves = _loop(body, (dx, sums), (residuals.leaves, given), length, is_reverse=True)
     gradients = dict(zip(of_constants, sums, strict=True)) | dict(zip(of_leaves, d_leaves, strict=True))
     first = len(constants) + 1
     return (
@@ -302,18 +304,18 @@ def _loop(
     body: Callable[[jax.Array, PyTree, PyTree], tuple[PyTree, PyTree]],
     carry: PyTree,
     slices: PyTree,
+    length: int,
     *,
-    reverse: bool = False,
+    is_reverse: bool = False,
 ) -> tuple[PyTree, PyTree]:
     """``jax.lax.scan`` of a body that is also given the step's number, which is the loop's counter.
 
     XLA lets a product read and write its part of a stack only where that follows from the counter. And the
     outputs' stacks begin as memory that nobody has written.
     """
-    length = jax.tree.leaves(slices)[0].shape[0]
 
     def step(count: jax.Array, carry: PyTree) -> tuple[jax.Array, PyTree, PyTree]:
-        number = length - 1 - count if reverse else count
+        number = length - 1 - count if is_reverse else count
         return number, *body(number, carry, jax.tree.map(lambda leaf: _take(leaf, number), slices))
 
     def and_put(state: Any) -> Any:

@@ -83,6 +83,7 @@ def scan_layers(
     call: Callable[..., tuple[jax.Array, PyTree]],
     *,
     per_layer: PyTree = None,
+    count: int | None = None,
     key: PRNGKeyArray | None = None,
     remat: Remat | None = None,
 ) -> tuple[jax.Array, PyTree]:
@@ -93,28 +94,52 @@ def scan_layers(
         x: input of the first layer.
         call: applies one layer; returns the next layer's input and an output of its own, or None.
         per_layer: arrays with a leading layer axis that `call` receives slices of.
+        count: of layers, the first of the stack; None for all.
         key: split into one key a layer for dropout; None for none.
         remat: wraps the body of the scan; the layer's input is named `LAYER_INPUT` inside of it. Where a
             `Checkpoint` keeps values that can be computed in place, or more than the input in host memory,
-            the scan is `scan_in_place`, which has no forward derivative.
+            and where not all layers run, the scan is `scan_in_place`, which has no forward derivative.
 
     Returns:
-        The last layer's output, and the layers' own outputs stacked.
+        The last layer's output, and the layers' own outputs stacked; None for these of no layers.
     """
-    body, steps = _body_and_steps(layers, call, per_layer, key)
-    # A layer's input alone has nearly all of a layer's time to leave in a plain scan too.
-    is_ours = isinstance(remat, Checkpoint) and (remat.in_place or remat.on_host - {LAYER_INPUT})
-    if is_ours and stacks_are_carried() and not _is_sharded(layers):
+    count = layers.stack if count is None else count
+    if not count:
+        return x, None
+    is_in_place = _runs_in_place(layers, count, remat)
+    body, steps = _body_and_steps(layers, call, per_layer, key, count, cuts_weights=not is_in_place)
+    if is_in_place:
+        kept = Checkpoint() if remat is None else remat
         return scan_in_place(
-            remat.for_scan_in_place(body),
+            body if remat is None else remat.for_scan_in_place(body),
             x,
             steps,
-            in_place=remat.in_place,
-            on_host=remat.on_host,
+            length=count,
+            in_place=kept.in_place,
+            on_host=kept.on_host,
             name_of_x=LAYER_INPUT,
             named_primitives={FUSED_ATTENTION: ATTENTION_OUTPUT},
         )
     return jax.lax.scan(body if remat is None else remat(body), x, steps)
+
+
+def _runs_in_place(layers: nnx.Module, count: int, remat: Remat | None) -> bool:
+    """Whether `scan_in_place` can run the first `count` layers, and gains anything by it."""
+    is_checkpoint = isinstance(remat, Checkpoint)
+    can = (is_checkpoint or remat is None) and stacks_are_carried() and not _is_sharded(layers)
+    # A layer's input alone has nearly all of a layer's time to leave in a plain scan too.
+    keeps_more = is_checkpoint and (remat.in_place or remat.on_host - {LAYER_INPUT})
+    # In a plain scan XLA copies the weights of layers whose number is not the loop's counter.
+    return can and bool(keeps_more or count < layers.stack)
+
+
+def last_layer(layers: nnx.Module) -> nnx.Module:
+    """The last layer of a stack by itself. Its frozen weights are read where they lie."""
+    parts = _LayersInPlace(layers)
+    # Behind the barrier the layer's number is none that XLA knows, and its weights none that it copies.
+    number = jax.lax.optimization_barrier(jnp.int32(layers.stack - 1))
+    trainable = jax.tree.map(lambda leaf: leaf[-1], parts.trainable)
+    return parts.layer(parts.frozen, number, trainable)
 
 
 def scan_layers_and_keep(
@@ -135,7 +160,7 @@ def scan_layers_and_keep(
     Returns:
         The last layer's output, and those of `keep`, stacked in its order.
     """
-    body, steps = _body_and_steps(layers, call, None, key)
+    body, steps = _body_and_steps(layers, call, None, key, layers.stack)
     body = body if remat is None else remat(body)
     keep = [range(layers.stack)[layer] for layer in keep]
     wanted = sorted(set(keep))
@@ -219,26 +244,35 @@ def _body_and_steps(
     call: Callable[..., tuple[jax.Array, PyTree]],
     per_layer: PyTree,
     key: PRNGKeyArray | None,
+    count: int,
+    *,
+    cuts_weights: bool = True,
 ) -> tuple[Callable, PyTree]:
-    """What `jax.lax.scan` runs for each layer, and the arrays that it slices."""
-    graphdef, state = nnx.split(_expand_adapters(layers))
-    leaves, treedef = jax.tree.flatten(state, is_leaf=_is_weight)
+    """What a scan over the first `count` layers runs for each, and the arrays that it slices.
+
+    Frozen weights among those are cut to as many layers only if `cuts_weights`.
+    """
+    graphdef, trainable, frozen = nnx.split(_expand_adapters(layers), Trainable, ...)
+    keys = None if key is None else jax.random.split(key, layers.stack)
+    trainable, per_layer, keys = jax.tree.map(lambda leaf: leaf[:count], (trainable, per_layer, keys))
+    leaves, treedef = jax.tree.flatten(frozen, is_leaf=_is_weight)
+    if count < layers.stack:
+        leaves = [_first_layers(leaf, count, cuts_weights) for leaf in leaves]
     pools = [leaf.split_for_scan()[0] if _is_mixed(leaf) else None for leaf in leaves]
     sliced = [leaf.split_for_scan()[1] if _is_mixed(leaf) else leaf for leaf in leaves]
-    keys = None if key is None else jax.random.split(key, layers.stack)
 
     def body(x: jax.Array, slices: Any) -> tuple[jax.Array, PyTree]:
-        layer_leaves, layer_inputs, layer_key = slices
+        layer_leaves, trainable, layer_inputs, layer_key = slices
         x = checkpoint_name(x, LAYER_INPUT)
         joined = [
             leaf if pool is None else MixedWeight.join(pool, leaf)
             for pool, leaf in zip(pools, layer_leaves, strict=True)
         ]
-        joined, layer_inputs = _compute_slices((joined, layer_inputs))
-        layer = nnx.merge(graphdef, jax.tree.unflatten(treedef, joined))
+        joined, trainable, layer_inputs = _compute_slices((joined, trainable, layer_inputs))
+        layer = nnx.merge(graphdef, trainable, jax.tree.unflatten(treedef, joined))
         return call(layer, x, layer_inputs, key=layer_key)
 
-    return body, (sliced, per_layer, keys)
+    return body, (sliced, trainable, per_layer, keys)
 
 
 def _compute_slices(slices: PyTree) -> PyTree:
@@ -314,6 +348,20 @@ def _in_place(weight: Weight, stack: int) -> MixedWeight:
     if _is_mixed(weight):
         return weight
     return MixedWeight((weight,), jnp.zeros(stack, jnp.int32), jnp.arange(stack, dtype=jnp.int32))
+
+
+def _first_layers(leaf: Any, count: int, cuts_weights: bool) -> Any:
+    """The first layers of a stacked array or weight, which are read where it lies.
+
+    A scan that takes any slice of its arguments is given a weight as it is; one that cannot, what says where
+    each layer is.
+    """
+    if not _is_weight(leaf):
+        return leaf[:count]
+    if not (cuts_weights or _is_mixed(leaf)):
+        return leaf
+    whole = _in_place(leaf, leaf.stack)
+    return MixedWeight(whole.pools, whole.kind[:count], whole.index[:count])
 
 
 def _plain_switch(

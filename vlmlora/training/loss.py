@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from vlmlora.distributed import constrain_batch, gather_trainable
 from vlmlora.nn.batch import model_inputs
 from vlmlora.nn.stack import TowerRemats
+from vlmlora.nn.tail import Tail
 from vlmlora.nn.variables import Trainable
 from vlmlora.training.remat import CheckpointedLoss, GradientCheckpointing
 
@@ -21,9 +22,14 @@ IGNORE_INDEX = -100
 CHUNK_SIZE = 1024
 """Tokens whose logits exist at a time."""
 
+BLOCK_SIZE = 2048
+"""Tokens that go through a decoder's last feed-forward block at a time, where that waits for the labels."""
+
 LossFn = Callable[..., Float[Array, ""]]
 Head = Callable[[PyTree, PyTree, Float[Array, "rows chunk hidden"]], Float[Array, "rows chunk vocab"]]
 """``logits = head(trained, frozen, hidden)``, which closes over no array."""
+ChunkLoss = Callable[..., Float[Array, ""]]
+"""``loss(trained, frozen, hidden, labels, number)`` of the chunk of that number; it closes over no array."""
 
 
 def cross_entropy(
@@ -37,11 +43,9 @@ def cross_entropy(
 ) -> Float[Array, ""]:
     """Sum of the negative log-likelihoods of `labels`, computed where there are labels only.
 
-    Each row's labelled tokens are brought to its front, and a loop takes chunks of columns as long as a row
-    has labels left, so that the head's cost follows the number of labels. Rows stay apart, which keeps a
-    batch that is sharded over its rows where it is. The log-sum-exp is taken in float32. A chunk's gradient
-    is computed beside its loss, from the same logits, so that the head multiplies twice a token and not
-    three times (as in Liger's fused loss, https://arxiv.org/abs/2410.10989).
+    Each row's labelled tokens are brought to its front, see `sum_of_chunks`. The log-sum-exp is taken in
+    float32. A chunk's gradient is computed beside its loss, from the same logits, so that the head multiplies
+    twice a token and not three times (as in Liger's fused loss, https://arxiv.org/abs/2410.10989).
 
     Args:
         head: final hidden states to logits.
@@ -52,44 +56,83 @@ def cross_entropy(
         chunk_size: tokens a chunk, over all rows. Memory is bounded by ``chunk_size * vocab`` logits and as
             many of their gradients, in the type of the logits.
     """
+
+    return _cross_entropy_of_sorted(head, trained, frozen, *labelled_first(hidden, labels), chunk_size)
+
+
+def _cross_entropy_of_sorted(head, trained, frozen, hidden, labels, chunk_size):
+    def loss(
+        trained: PyTree, frozen: PyTree, hidden: jax.Array, labels: jax.Array, number: jax.Array
+    ) -> jax.Array:
+        del number
+        return _negative_log_likelihood(head(trained, frozen, hidden), labels)
+
+    return sum_of_chunks(loss, trained, frozen, hidden, labels, chunk_size=chunk_size)
+
+
+def labelled_first(
+    hidden: Float[Array, "rows tokens hidden"], labels: Int[Array, "rows tokens"]
+) -> tuple[Float[Array, "rows tokens hidden"], Int[Array, "rows tokens"]]:
+    """Bring each row's labelled tokens to its front."""
+    order = jnp.argsort(labels == IGNORE_INDEX, axis=1, stable=True)
+    return jax.vmap(_take)(hidden, order), jnp.take_along_axis(labels, order, axis=1)
+
+
+def sum_of_chunks(
+    loss: ChunkLoss,
+    trained: PyTree,
+    frozen: PyTree,
+    hidden: Float[Array, "rows tokens hidden"],
+    labels: Int[Array, "rows tokens"],
+    *,
+    chunk_size: int,
+) -> Float[Array, ""]:
+    """The sum of a loss over chunks of tokens, as far as there are labels.
+
+    A loop takes chunks of columns as long as a row has labels left, so that the cost follows the number of
+    labels. Rows stay apart, which keeps a batch that is sharded over its rows where it is. A chunk's gradient
+    is computed beside its loss, whose residuals exist for one chunk at a time.
+
+    Args:
+        loss: of a chunk [rows, columns]; of a token without a label zero.
+        trained: what of the loss's parameters is differentiated; floating-point arrays.
+        frozen: the other arrays that it reads. They get no gradient, and none is computed.
+        hidden: what the loss is given of each token, those with labels in front, as from `labelled_first`.
+        labels: target of each token, or `IGNORE_INDEX`.
+        chunk_size: tokens a chunk, over all rows.
+    """
     rows, tokens = labels.shape
-    kept = labels != IGNORE_INDEX
-    order = jnp.argsort(~kept, axis=1, stable=True)
-    hidden = jax.vmap(_take)(hidden, order)
-    labels = jnp.take_along_axis(labels, order, axis=1)
     columns = max(1, min(tokens, chunk_size // rows))
     padding = -tokens % columns
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
     labels = jnp.pad(labels, ((0, 0), (0, padding)), constant_values=IGNORE_INDEX)
     hidden = jnp.moveaxis(hidden.reshape(rows, -1, columns, hidden.shape[-1]), 1, 0)
     labels = jnp.moveaxis(labels.reshape(rows, -1, columns), 1, 0)
-    return _sum_of_chunks(head, trained, frozen, hidden, labels)
+    return _sum_of_chunks(loss, trained, frozen, hidden, labels)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sum_of_chunks(head, trained, frozen, hidden, labels):
+def _sum_of_chunks(loss, trained, frozen, hidden, labels):
     def add(number: jax.Array, total: jax.Array) -> jax.Array:
-        scores = head(trained, frozen, hidden[number])
-        return total + _negative_log_likelihood(scores, labels[number])[0]
+        return total + loss(trained, frozen, hidden[number], labels[number], number)
 
     return jax.lax.fori_loop(0, _chunks_with_labels(labels), add, jnp.float32(0))
 
 
-def _sum_of_chunks_fwd(head, trained, frozen, hidden, labels):
+def _sum_of_chunks_fwd(loss, trained, frozen, hidden, labels):
     def add(number: jax.Array, carry: tuple) -> tuple:
         total, d_trained, d_hidden = carry
-        scores, pull_back = jax.vjp(lambda t, h: head(t, frozen, h), trained, hidden[number])
-        loss, d_scores = _negative_log_likelihood(scores, labels[number])
-        of_chunk, d_chunk = pull_back(d_scores)
-        d_trained = jax.tree.map(jnp.add, d_trained, of_chunk)
-        return total + loss, d_trained, d_hidden.at[number].set(d_chunk)
+        of_chunk, (d_here, d_chunk) = jax.value_and_grad(loss, argnums=(0, 2))(
+            trained, frozen, hidden[number], labels[number], number
+        )
+        return total + of_chunk, jax.tree.map(jnp.add, d_trained, d_here), d_hidden.at[number].set(d_chunk)
 
     start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trained), jnp.zeros_like(hidden))
     total, *gradients = jax.lax.fori_loop(0, _chunks_with_labels(labels), add, start)
     return total, gradients
 
 
-def _sum_of_chunks_bwd(head, gradients, cotangent):
+def _sum_of_chunks_bwd(loss, gradients, cotangent):
     d_trained, d_hidden = jax.tree.map(lambda leaf: (cotangent * leaf).astype(leaf.dtype), gradients)
     return d_trained, None, d_hidden, None
 
@@ -102,10 +145,15 @@ def _chunks_with_labels(labels: Int[Array, "chunks rows columns"]) -> Int[Array,
     return jnp.sum((labels != IGNORE_INDEX).any(axis=(1, 2)), dtype=jnp.int32)
 
 
+@jax.custom_vjp
 def _negative_log_likelihood(
     scores: Float[Array, "rows columns vocab"], labels: Int[Array, "rows columns"]
-) -> tuple[Float[Array, ""], Float[Array, "rows columns vocab"]]:
-    """The sum over labelled tokens, and its gradient in the type of the scores."""
+) -> Float[Array, ""]:
+    """The sum over labelled tokens."""
+    return _negative_log_likelihood_fwd(scores, labels)[0]
+
+
+def _negative_log_likelihood_fwd(scores, labels):
     wide = scores.astype(jnp.float32)
     kept = (labels != IGNORE_INDEX)[..., None]
     # Comparing instead of looking up leaves a vocabulary that is cut over devices where it is.
@@ -115,6 +163,13 @@ def _negative_log_likelihood(
     loss = jnp.sum(jnp.where(kept, log_sum - target, 0.0))
     gradient = jnp.where(kept, jnp.exp(wide - log_sum) - is_target, 0.0)
     return loss, gradient.astype(scores.dtype)
+
+
+def _negative_log_likelihood_bwd(gradient, cotangent):
+    return (cotangent * gradient).astype(gradient.dtype), None
+
+
+_negative_log_likelihood.defvjp(_negative_log_likelihood_fwd, _negative_log_likelihood_bwd)
 
 
 def _take(
@@ -171,12 +226,42 @@ def make_loss_fn(
         if mesh is not None:
             batch = constrain_batch(batch, mesh)
             gather_trainable(model, mesh)
-        hidden, _ = model(**model_inputs(batch), remat=remats, key=key)
         labels = next_token_labels(batch["labels"], batch.get("segment_ids"))
-        total = cross_entropy(*split_head(model, hidden), hidden, labels, chunk_size=chunk_size)
+        # On a mesh every chunk would gather the weights of the last block anew.
+        tail = model.tail() if mesh is None else None
+        hidden, _ = model(**model_inputs(batch), remat=remats, key=key, is_unfinished=tail is not None)
+        if tail is None:
+            total = cross_entropy(*split_head(model, hidden), hidden, labels, chunk_size=chunk_size)
+        else:
+            # The towers' keys are the first two.
+            tail_key = None if key is None else jax.random.fold_in(key, 2)
+            total = _loss_of_tail(tail, hidden, labels, tail_key, chunk_size)
         return total / jnp.maximum(jnp.sum(labels != IGNORE_INDEX), 1)
 
     return CheckpointedLoss(compute, gradient_checkpointing)
+
+
+def _loss_of_tail(
+    tail: Tail,
+    x: Float[Array, "rows tokens hidden"],
+    labels: Int[Array, "rows tokens"],
+    key: PRNGKeyArray | None,
+    chunk_size: int,
+) -> Float[Array, ""]:
+    """`cross_entropy` of what the tail makes of the residual stream, computed where there are labels only."""
+    apply, trained, frozen = split_arrays(tail, lambda tail, x: tail.logits(tail(x)), x[:, :1])
+
+    def loss(
+        trained: PyTree, frozen: PyTree, x: jax.Array, labels: jax.Array, number: jax.Array
+    ) -> jax.Array:
+        arrays, key = frozen
+        key = None if key is None else jax.random.fold_in(key, number)
+        hidden = apply(lambda tail, x: tail(x, key=key), trained, arrays, x)
+        head = functools.partial(apply, _logits)
+        return _cross_entropy_of_sorted(head, trained, arrays, hidden, labels, chunk_size)
+
+    chunk = max(BLOCK_SIZE, chunk_size)
+    return sum_of_chunks(loss, trained, (frozen, key), *labelled_first(x, labels), chunk_size=chunk)
 
 
 def split_head(model: nnx.Module, hidden: Float[Array, "*batch hidden"]) -> tuple[Head, PyTree, PyTree]:
@@ -186,21 +271,45 @@ def split_head(model: nnx.Module, hidden: Float[Array, "*batch hidden"]) -> tupl
         model: has a method `logits`.
         hidden: final hidden states, for their type.
     """
-    graphdef, *states = nnx.split(model, Trainable, ...)
+    apply, trained, frozen = split_arrays(model, _logits, hidden[..., :1, :])
+    return functools.partial(apply, _logits), trained, frozen
+
+
+def split_arrays(
+    module: nnx.Module, function: Callable[..., Any], *arguments: Any
+) -> tuple[Callable[..., Any], PyTree, PyTree]:
+    """Those arrays of a module that a function of it reads: the trained and the frozen ones.
+
+    Args:
+        module: a module, or a tree of them.
+        function: called as ``function(module, *arguments)``.
+        arguments: of the shapes and types that matter to which arrays are read.
+
+    Returns:
+        ``apply``, the trained and the frozen arrays. ``apply(f, trained, frozen, *arguments)`` is
+        ``f(module, *arguments)`` for this function, or for one that reads no other arrays.
+    """
+    graphdef, *states = nnx.split(module, Trainable, ...)
     leaves, structure = jax.tree.flatten(states)
     trainable = len(jax.tree.leaves(states[0]))
 
-    def logits(leaves: Sequence[Any], hidden: jax.Array) -> jax.Array:
-        return nnx.merge(graphdef, *jax.tree.unflatten(structure, leaves)).logits(hidden)
+    def call(function: Callable[..., Any], leaves: Sequence[Any], *arguments: Any) -> Any:
+        return function(nnx.merge(graphdef, *jax.tree.unflatten(structure, leaves)), *arguments)
 
-    jaxpr = jax.make_jaxpr(logits)(leaves, hidden[..., :1, :]).jaxpr
+    jaxpr = jax.make_jaxpr(functools.partial(call, function))(leaves, *arguments).jaxpr
     read = {id(atom) for equation in jaxpr.eqns for atom in equation.invars} | set(map(id, jaxpr.outvars))
     used = {i: leaf for i, leaf in enumerate(leaves) if id(jaxpr.invars[i]) in read}
     unread = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
 
-    def head(trained: dict[int, jax.Array], frozen: dict[int, jax.Array], hidden: jax.Array) -> jax.Array:
+    def apply(
+        function: Callable[..., Any], trained: dict[int, Any], frozen: dict[int, Any], *arguments: Any
+    ) -> Any:
         given = {**trained, **frozen}
-        return logits([given.get(i, leaf) for i, leaf in enumerate(unread)], hidden)
+        return call(function, [given.get(i, leaf) for i, leaf in enumerate(unread)], *arguments)
 
     trained = {i: leaf for i, leaf in used.items() if i < trainable}
-    return head, trained, {i: leaf for i, leaf in used.items() if i >= trainable}
+    return apply, trained, {i: leaf for i, leaf in used.items() if i >= trainable}
+
+
+def _logits(model: Any, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
+    return model.logits(hidden)

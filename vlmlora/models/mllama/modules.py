@@ -29,9 +29,11 @@ from vlmlora.nn.stack import (
     Remat,
     TowerRemats,
     add_attended,
+    last_layer,
     scan_layers,
     scan_mixed_layers,
 )
+from vlmlora.nn.tail import Tail
 from vlmlora.nn.variables import parameter
 
 EXTRA_EMBEDDINGS = 8
@@ -198,9 +200,19 @@ class SelfAttentionLayer(nnx.Module):
         self, x: jax.Array, rotary: Rotary, *, cache: KVCache | None, key: PRNGKeyArray | None = None
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Attention and MLP, each with a residual connection; also the new tokens' keys and values."""
+        x, new = self.attend(x, rotary, cache=cache, key=key)
+        return self.feed_forward(x, key=key), new
+
+    def attend(
+        self, x: jax.Array, rotary: Rotary, *, cache: KVCache | None, key: PRNGKeyArray | None = None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """The first half, with its residual connection."""
         attended, new = self.self_attn(self.input_layernorm(x), rotary, cache=cache, key=key)
-        x = add_attended(x, attended)
-        return x + self.mlp(self.post_attention_layernorm(x), key=key), new
+        return add_attended(x, attended), new
+
+    def feed_forward(self, x: jax.Array, *, key: PRNGKeyArray | None = None) -> jax.Array:
+        """The second half, with its residual connection; every token by itself."""
+        return x + self.mlp(self.post_attention_layernorm(x), key=key)
 
 
 class CrossAttentionLayer(nnx.Module):
@@ -267,8 +279,9 @@ class TextModel(nnx.Module):
         cache: MllamaCache | None = None,
         remat: Remat | None = None,
         key: PRNGKeyArray | None = None,
+        is_unfinished: bool = False,
     ) -> tuple[Float[Array, "batch tokens hidden"], MllamaCache | None]:
-        """Embeddings → final hidden states, and the cache where one was given.
+        """Embeddings → final hidden states, or what comes before the tail; the cache where one was given.
 
         Args:
             inputs_embeds: of the tokens.
@@ -279,6 +292,7 @@ class TextModel(nnx.Module):
             cache: keys and values of earlier tokens and of images.
             remat: wraps the body of the layers' scan.
             key: for adapter dropout.
+            is_unfinished: leave out the tail, if there is one.
         """
         angles = rotary(position_ids, scaled_inverse_frequencies(self.head_dim, dict(self.rope_parameters)))
         image_key, layer_key = (None, None) if key is None else jax.random.split(key)
@@ -306,6 +320,9 @@ class TextModel(nnx.Module):
             return x, None if marks is None else (nothing, nothing)
 
         order = [kind for kind in self.order if kind == _SELF or has_images]
+        is_unfinished = is_unfinished and self.has_tail
+        if is_unfinished:
+            order = order[:-1]
         x, new = scan_mixed_layers(
             [self.layers, *([self.cross_attention_layers] if has_images else [])],
             inputs_embeds,
@@ -322,11 +339,19 @@ class TextModel(nnx.Module):
             key=layer_key,
             remat=remat,
         )
+        if is_unfinished:
+            last_key = None if layer_key is None else jax.random.fold_in(layer_key, len(order))
+            return last_layer(self.layers).attend(x, angles, cache=None, key=last_key)[0], None
         if cache is not None:
             steps = jnp.array([step for step, kind in enumerate(order) if kind == _SELF])
             text = cache.text.append(*(array[steps] for array in new))
             cache = MllamaCache(text.advance(text.keys, text.values, x.shape[1]), images)
         return self.norm(x), cache
+
+    @property
+    def has_tail(self) -> bool:
+        """Whether the last layer's feed-forward block is of each token alone: not of what it sees."""
+        return self.order[-1] == _SELF
 
     def _project(
         self, features: Float[Array, "batch image_tokens hidden"], key: PRNGKeyArray | None
@@ -382,6 +407,7 @@ class MllamaForConditionalGeneration(nnx.Module):
         cache: MllamaCache | None = None,
         remat: TowerRemats = SAVE_ALL,
         key: PRNGKeyArray | None = None,
+        is_unfinished: bool = False,
     ) -> tuple[Float[Array, "batch tokens hidden"], MllamaCache | None]:
         """Final hidden states (`logits` turns them into logits), and the cache where one was given.
 
@@ -401,6 +427,8 @@ class MllamaForConditionalGeneration(nnx.Module):
             cache: keys and values of earlier tokens; of images, once they were given with some tokens.
             remat: wraps the body of each tower's scans over its layers.
             key: for adapter dropout.
+            is_unfinished: give the residual stream after the last attention, for `tail`, if there is one. The
+                backward pass begins there, so that `remat` does not apply to this attention. Without a cache.
 
         Raises:
             NotImplementedError: `segment_ids` is given.
@@ -428,7 +456,13 @@ class MllamaForConditionalGeneration(nnx.Module):
             cache=cache,
             remat=remat.language,
             key=text_key,
+            is_unfinished=is_unfinished,
         )
+
+    def tail(self) -> Tail | None:
+        """What turns an unfinished result into logits, one token at a time; None if the last layer cannot."""
+        text = self.model.language_model
+        return Tail(text.layers, text.norm, self.lm_head) if text.has_tail else None
 
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
         """Logits of final hidden states."""

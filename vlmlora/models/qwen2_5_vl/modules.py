@@ -22,10 +22,11 @@ from vlmlora.nn.mlp import GatedMLP, gelu
 from vlmlora.nn.norm import RMSNorm
 from vlmlora.nn.rotary import Rotary, apply_rotary, axial_rotary, inverse_frequencies, multimodal_rotary
 from vlmlora.nn.segments import Segments
-from vlmlora.nn.stack import SAVE_ALL, Remat, TowerRemats, add_attended, scan_layers
+from vlmlora.nn.stack import SAVE_ALL, Remat, TowerRemats, add_attended, last_layer, scan_layers
+from vlmlora.nn.tail import Tail, apply_head
 from vlmlora.nn.variables import parameter
 from vlmlora.quantization.sharded import layout_of
-from vlmlora.quantization.weights import DenseWeight, Weight
+from vlmlora.quantization.weights import DenseWeight
 
 
 class PatchEmbed(nnx.Module):
@@ -305,11 +306,19 @@ class DecoderLayer(nnx.Module):
 
     def __call__(self, x, rotary: Rotary, *, segments=None, cache=None, key: PRNGKeyArray | None = None):
         """Attention and MLP, each with a residual connection; returns the layer's cache too."""
+        x, cache = self.attend(x, rotary, segments=segments, cache=cache, key=key)
+        return self.feed_forward(x, key=key), cache
+
+    def attend(self, x, rotary: Rotary, *, segments=None, cache=None, key: PRNGKeyArray | None = None):
+        """The first half, with its residual connection."""
         attended, cache = self.self_attn(
             self.input_layernorm(x), rotary, segments=segments, cache=cache, key=key
         )
-        x = add_attended(x, attended)
-        return x + self.mlp(self.post_attention_layernorm(x), key=key), cache
+        return add_attended(x, attended), cache
+
+    def feed_forward(self, x, *, key: PRNGKeyArray | None = None):
+        """The second half, with its residual connection; every token by itself."""
+        return x + self.mlp(self.post_attention_layernorm(x), key=key)
 
 
 class TextModel(nnx.Module):
@@ -333,8 +342,9 @@ class TextModel(nnx.Module):
         cache: KVCache | None = None,
         remat: Remat | None = None,
         key: PRNGKeyArray | None = None,
+        is_unfinished: bool = False,
     ) -> tuple[Float[Array, "batch tokens hidden"], KVCache | None]:
-        """Embeddings → final hidden states, and the cache where one was given."""
+        """Embeddings → final hidden states, or what comes before the tail; the cache where one was given."""
         rotary = multimodal_rotary(
             position_ids, inverse_frequencies(self.head_dim, self.theta), self.mrope_section
         )
@@ -344,6 +354,11 @@ class TextModel(nnx.Module):
             x, layer_cache = layer(x, rotary, segments=segments, cache=layer_cache, key=key)
             return x, None if layer_cache is None else (layer_cache.keys, layer_cache.values)
 
+        if is_unfinished:
+            count = self.layers.stack - 1
+            x, _ = scan_layers(self.layers, inputs_embeds, call, count=count, key=key, remat=remat)
+            last_key = None if key is None else jax.random.fold_in(key, count)
+            return last_layer(self.layers).attend(x, rotary, segments=segments, key=last_key)
         arrays = None if cache is None else (cache.keys, cache.values)
         x, arrays = scan_layers(self.layers, inputs_embeds, call, per_layer=arrays, key=key, remat=remat)
         return self.norm(x), None if cache is None else cache.advance(*arrays, inputs_embeds.shape[1])
@@ -396,6 +411,7 @@ class Qwen2_5_VLForConditionalGeneration(nnx.Module):
         cache: KVCache | None = None,
         remat: TowerRemats = SAVE_ALL,
         key: PRNGKeyArray | None = None,
+        is_unfinished: bool = False,
     ) -> tuple[Float[Array, "batch tokens hidden"], KVCache | None]:
         """Final hidden states (`logits` turns them into logits), and the cache where one was given.
 
@@ -414,6 +430,8 @@ class Qwen2_5_VLForConditionalGeneration(nnx.Module):
             cache: keys and values of earlier tokens.
             remat: wraps the body of each tower's scan over its layers.
             key: for adapter dropout.
+            is_unfinished: give the residual stream after the last attention, for `tail`. The backward pass
+                begins there, so that `remat` does not apply to this attention. Without a cache.
         """
         embeds = self.model.language_model.embed_tokens(input_ids)
         vision_key, text_key = (None, None) if key is None else jax.random.split(key)
@@ -428,18 +446,28 @@ class Qwen2_5_VLForConditionalGeneration(nnx.Module):
             embeds = put_image_tokens(embeds, features, image_token_index, getattr(self, "mesh", None))
         samples = None if segment_ids is None else Segments(segment_ids, segment_offsets)
         return self.model.language_model(
-            embeds, position_ids, samples, cache=cache, remat=remat.language, key=text_key
+            embeds,
+            position_ids,
+            samples,
+            cache=cache,
+            remat=remat.language,
+            key=text_key,
+            is_unfinished=is_unfinished,
         )
 
+    def tail(self) -> Tail:
+        """What turns an unfinished result into logits, one token at a time."""
+        text = self.model.language_model
+        return Tail(text.layers, text.norm, self.head)
+
     @property
-    def head(self) -> Linear | Weight:
-        """What turns hidden states into logits: the head's layer, or the tied embedding as a weight."""
-        return self.lm_head or self.model.language_model.embed_tokens.as_head()
+    def head(self) -> Linear | Embedding:
+        """What turns hidden states into logits: the head's layer, or the embedding that it is tied to."""
+        return self.lm_head or self.model.language_model.embed_tokens
 
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
         """Logits of final hidden states."""
-        head = self.head
-        return head(hidden) if isinstance(head, Linear) else hidden @ head
+        return apply_head(self.head, hidden)
 
     def init_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache for `batch` rows of `length` tokens, in the type of the embeddings."""
