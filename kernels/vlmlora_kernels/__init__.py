@@ -15,6 +15,7 @@ from vlmlora_kernels.nf4 import (
     matmul_4bit,
     quantize_4bit,
 )
+from vlmlora_kernels.norm import rms_norm, rms_norm_gradient
 
 __all__ = [
     "CODE_BOOKS",
@@ -34,4 +35,6 @@ __all__ = [
     "matmul_int8",
     "quantize_4bit",
     "quantize_int8",
+    "rms_norm",
+    "rms_norm_gradient",
 ]

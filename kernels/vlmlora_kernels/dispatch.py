@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from vlmlora_kernels.hopper.in_place import BLOCK, PRIMITIVES
 from vlmlora_kernels.hopper.low_rank_gradients import MAX_RANK
+from vlmlora_kernels.hopper.rms_norm import MAX_FEATURES, MAX_ROOM, MULTIPLE
 from vlmlora_kernels.hopper.tuning import FUSED_TOKENS, is_overlapped_fastest, most_fused_tokens
 
 FUSED, OVERLAPPED, DECODE, XLA = "fused", "overlapped", "decode", "xla"
@@ -184,6 +185,32 @@ def obstacle_to_low_rank_gradients(
     if (size := math.prod(arrays[0].shape)) >= 2**32:
         return f"the kernel takes fewer than {2**32} elements, and these are {size}"
     return _obstacle_to_elementwise(arrays, primitives, "matrices") or _obstacle_on_device()
+
+
+def obstacle_to_rms_norm(arrays: Sequence[Any], room: int) -> str | None:
+    """Why no kernel normalises rows, or computes the gradient of that, here; None: one does.
+
+    Args:
+        arrays: shapes and types of the matrices that are read, the one to normalise first.
+        room: columns to the right of the result.
+    """
+    tokens, features = arrays[0].shape
+    is_alike = all((each.shape[0], each.dtype) == (tokens, arrays[0].dtype) for each in arrays)
+    if not is_alike or arrays[0].dtype not in (jnp.bfloat16, jnp.float16):
+        found = ", ".join(f"{each.dtype}{list(each.shape)}" for each in arrays)
+        return f"the kernel takes 16-bit matrices of one type and one number of rows, and these are {found}"
+    if not tokens:
+        return "they are empty"
+    if features % MULTIPLE or not 0 < features <= MAX_FEATURES:
+        return f"the kernel takes features by {MULTIPLE} up to {MAX_FEATURES}, and these are {features}"
+    if room > MAX_ROOM:
+        return f"the kernel takes a room of {MAX_ROOM} columns at most, and this has {room}"
+    widths = [features + room, *(each.shape[1] for each in arrays)]
+    if odd := [width for width in widths if width % 8]:
+        return f"the kernel takes rows by 8 elements, and there are some of {odd[0]}"
+    if (size := tokens * max(widths)) >= 2**32:
+        return f"the kernel takes fewer than {2**32} elements, and there are {size}"
+    return _obstacle_on_device()
 
 
 def _obstacle_to_elementwise(arrays: Sequence[Any], primitives: frozenset[str], what: str) -> str | None:

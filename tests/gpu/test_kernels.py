@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.kernels import test_rms_norm as norm
 from tests.kernels.test_low_rank_gradients import GATED, check, problem
 from vlmlora_kernels import (
     CODE_BOOKS,
@@ -344,3 +345,29 @@ def test_gradients_between_low_rank_products(tokens, features, room, ranks, is_i
     check(step(*arguments), arguments, GATED)
     # In place or not, what was given is as it was.
     check(step(*arguments), arguments, GATED)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "features", "room", "dtype"),
+    [
+        (16384, 3584, 64, jnp.bfloat16),
+        (8192, 1280, 64, jnp.bfloat16),
+        (8192, 4096, 64, jnp.bfloat16),
+        (65536, 1280, 0, jnp.bfloat16),
+        (8192, 8192, 64, jnp.bfloat16),
+        (1001, 7424, 8, jnp.float16),
+        (77, 2304, 256, jnp.float16),
+        (6, 384, 40, jnp.bfloat16),
+        (1, 128, 8, jnp.bfloat16),
+    ],
+)
+def test_rms_norm_and_its_gradient(tokens, features, room, dtype):
+    seed = int.from_bytes(os.urandom(4), "little") // 2
+    print("seed", seed)
+    arguments = norm.problem(tokens, features, room, dtype, seed=seed)
+    step = jax.jit(norm.public)
+    found = step(*arguments)
+    norm.check(found, arguments)
+    for _ in range(20):
+        for array, again in zip(found, step(*arguments), strict=True):
+            np.testing.assert_array_equal(array.view(jnp.uint16), again.view(jnp.uint16))
