@@ -1,5 +1,7 @@
 """Products with low-rank factors in one: the same numbers as the two products apart."""
 
+import functools
+
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -10,7 +12,8 @@ from hypothesis import strategies as st
 
 from tests.kernels.test_hopper import H100
 from vlmlora.nn import low_rank
-from vlmlora.nn.low_rank import Factors, low_rank_block, low_rank_products, room_for
+from vlmlora.nn.low_rank import Factors, Norm, low_rank_block, low_rank_products, room_for, takes_norm
+from vlmlora.nn.norm import RMSNorm
 from vlmlora.quantization.stacks import stack_weights
 from vlmlora.quantization.weights import DenseWeight, INT8Weight, NF4Weight
 from vlmlora_kernels.hopper import low_rank_gradients as hopper
@@ -207,7 +210,7 @@ def block_problem(kind, features, ranks, dtype=jnp.float32, tokens=(2, 5)):
             "function": hidden_of,
             "names": ["gate", "up"],
         } | options
-        return low_rank_block(x, weights, factors, biases, down, last, **options)
+        return low_rank_block(x, weights, factors, biases, down, last, **options)[1]
 
     def one_after_another(x, factors, biases, last):
         gate, up = apart(x, weights, factors)
@@ -272,3 +275,43 @@ def test_a_block_is_one_pass_on_an_h100(is_tight):
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "low_rank_gradients" in text
     assert text.count("output_operand_alias<") == (2 if is_tight else 0)
+
+
+@pytest.mark.parametrize("is_block", [False, True])
+def test_behind_a_norm_x_and_its_gradient_come_by_one_way(is_block, monkeypatch):
+    """As on a GPU, with the kernels' form in XLA."""
+    x, weights, factors = problem(128, [24, 24], [3, 5], "nf4")
+    _, (down,), (last,) = problem(24, [16], [3], "nf4", seed=1)
+    scale = jnp.linspace(0.5, 2, 128)
+    norm = RMSNorm(128, eps=0.1, dtype=x.dtype)
+    norm.weight.set_value(scale)
+    room = room_for(24, [3, 5])
+
+    def hidden(gate, up):
+        return jnp.sin(gate) * up
+
+    def run(norm, x, factors, last):
+        if not is_block:
+            return low_rank_products(x, weights, factors, room=room, norm=norm)
+        more = {"room": room, "function": hidden, "names": ["gate", "up"], "norm": norm}
+        return low_rank_block(x, weights, factors, [None, jnp.ones(24)], down, last, **more)
+
+    def loss(run, x, factors, last):
+        same, *ys = run(x, factors, last)
+        return jnp.sum(jnp.cos(same)) + sum(jnp.sum(jnp.sin(y)) for y in ys)
+
+    def fused(x, factors, last):
+        assert takes_norm(x, factors)
+        return run(Norm(scale, 0.1), x, factors, last)
+
+    def apart(x, factors, last):
+        ys = run(None, norm(x), factors, last)
+        return x, *(ys[1:] if is_block else ys)
+
+    assert not takes_norm(x, factors)
+    monkeypatch.setattr(low_rank.norm_kernels, "obstacle", lambda *arrays, room=0: None)
+    found, expected = (
+        jax.value_and_grad(functools.partial(loss, form), argnums=(0, 1, 2))(x, factors, last)
+        for form in (fused, apart)
+    )
+    close(found, expected)

@@ -16,7 +16,7 @@ from vlmlora.models.init import init_parameters
 from vlmlora.models.module_table import module_table
 from vlmlora.models.registry import family_of
 from vlmlora.nn import low_rank
-from vlmlora.nn.low_rank import MLP_LOW_RANK
+from vlmlora.nn.low_rank import LOW_RANK, MLP_LOW_RANK
 from vlmlora.nn.mlp import MLP_UP
 from vlmlora.nn.saved import is_computed_again
 from vlmlora.nn.variables import Trainable
@@ -128,7 +128,7 @@ def test_unsloth_checkpointing_on_a_cpu_is_plain_and_says_so_once(caplog):
         plain = [remat_policy("unsloth") for _ in range(2)]
     assert len(caplog.records) == 1
     assert "cpu has no host memory apart from its own" in caplog.text
-    assert all(each.kept == {MLP_LOW_RANK} and not each.in_place for each in plain)
+    assert all(each.kept == {MLP_LOW_RANK, LOW_RANK} and not each.in_place for each in plain)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_each_part_may_have_a_policy_of_its_own(parts, monkeypatch):
 
 def test_a_policy_is_written_as_short_as_it_can_be():
     assert name_of_policy({"vision": {}, "language": True}) == "True"
-    unsloth = {"qkv": "recompute", "layer_input": "offload", "mlp_low_rank": "save"}
+    unsloth = {"qkv": "recompute", "layer_input": "offload", "mlp_low_rank": "save", "low_rank": "save"}
     assert name_of_policy(unsloth) == "'unsloth'"
     each = {"vision": "mlp", "language": {"mlp_up": "save", "layer_input": "save"}}
     assert name_of_policy(each) == "{'vision': 'mlp', 'language': {'mlp_up': 'save'}}"

@@ -27,8 +27,8 @@ def qwen(layers):
     return config, jax.tree.map(jnp.asarray, qwen2_5_vl_cases.batches(case, config)[1])
 
 
-def mllama(cross_attention_layers):
-    config = mllama_cases.tiny_config({"cross_attention_layers": cross_attention_layers})
+def mllama():
+    config = mllama_cases.tiny_config({"num_hidden_layers": 3, "cross_attention_layers": [1]})
     case = mllama_cases.Case([[1, mllama_cases.Tiles(2, 1), 14], [5]])
     return config, jax.tree.map(jnp.asarray, mllama_cases.batches(case, config)[1])
 
@@ -36,8 +36,7 @@ def mllama(cross_attention_layers):
 CASES = {
     "qwen2_5_vl": lambda: qwen(3),
     "of a single layer": lambda: qwen(1),
-    "mllama": lambda: mllama([1]),
-    "mllama, which ends with an image": lambda: mllama([1, 3]),
+    "mllama": mllama,
 }
 
 
@@ -52,10 +51,10 @@ def parts_of(config, dropout=0.0):
 @pytest.mark.parametrize(
     ("case", "policy"),
     [
-        *(("qwen2_5_vl", policy) for policy in (False, "unsloth", "attention+mlp")),
-        ("of a single layer", "attention+mlp"),
+        ("qwen2_5_vl", "unsloth"),
+        ("qwen2_5_vl", "attention+mlp"),
+        ("of a single layer", False),
         ("mllama", True),
-        ("mllama, which ends with an image", True),
     ],
 )
 def test_loss_and_gradients_are_those_of_all_logits(case, policy, monkeypatch):
@@ -74,8 +73,8 @@ def test_loss_and_gradients_are_those_of_all_logits(case, policy, monkeypatch):
     loss_fn = make_loss_fn(graphdef, gradient_checkpointing=policy, chunk_size=4)
     found, gradients = jax.jit(jax.value_and_grad(loss_fn))(adapters, frozen, batch)
     expected, expected_gradients = jax.jit(jax.value_and_grad(of_all_logits))(adapters)
-    # The same float32 products, summed in another order. Random weights magnify that: without jit the gradients
-    # of all logits differ from those with it by up to 7e-4.
+    # The same float32 products, summed in another order. Random weights magnify that: the gradients of all
+    # logits without jit differ from those with it by up to 7e-4.
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     for ours, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
         assert np.linalg.norm(ours - other) <= 3e-3 * np.linalg.norm(other)
@@ -90,7 +89,8 @@ def test_the_last_block_never_sees_all_tokens(monkeypatch):
     gradient = jax.grad(make_loss_fn(graphdef, gradient_checkpointing=False, chunk_size=4))
     shapes = output_shapes(jax.make_jaxpr(gradient)(adapters, frozen, batch))
     rows = len(batch["labels"])
-    assert {shape for shape in shapes if len(shape) == 3 and shape[-1] == width} == {(rows, 6 // rows, width)}
+    found = {shape for shape in shapes if len(shape) == 3 and (shape[0], shape[-1]) == (rows, width)}
+    assert found == {(rows, 6 // rows, width)}
 
 
 def test_every_chunk_has_its_own_dropout(monkeypatch):

@@ -1,13 +1,22 @@
 """Linear layer. It holds a weight that knows how to multiply, and perhaps an adapter."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from vlmlora.nn.low_rank import Factors, add_bias, low_rank_block, low_rank_products, room_for
+from vlmlora.nn.low_rank import (
+    Factors,
+    Norm,
+    add_bias,
+    low_rank_block,
+    low_rank_products,
+    room_for,
+    takes_norm,
+)
+from vlmlora.nn.norm import RMSNorm
 from vlmlora.nn.saved import name_for_policies
 from vlmlora.nn.trained import TRAINED
 from vlmlora.nn.variables import Frozen, abstract_array, parameter
@@ -75,22 +84,48 @@ def apply_to_same(
             zeros more, in which this layer's adapter works; a function that is applied to them in between
             keeps zeros zero.
     """
+    return apply_to_normed(None, x, *layers, key=key, before=before)[1]
+
+
+def apply_to_normed(
+    norm: nnx.Module | None,
+    x: Float[Array, "*batch in_and_room"],
+    *layers: Linear,
+    key: PRNGKeyArray | None = None,
+    before: Linear | None = None,
+) -> tuple[Float[Array, "*batch in_and_room"], tuple[Float[Array, "*batch out_and_room"], ...]]:
+    """x, and what several layers make of its norm; see `apply_to_same`.
+
+    Whoever goes on with x, as a residual connection does, takes the one that is returned: in the backward
+    pass the gradient that arrives there and the norm's are added where the latter is computed.
+
+    Args:
+        norm: of x; None for x itself.
+        x, layers, key, before: see `apply_to_same`.
+    """
     factors = [_factors_in_one_product(layer, x, key) for layer in layers]
+    fused = _fused_norm(norm, x, factors)
+    if norm is not None and fused is None:
+        return x, apply_to_normed(None, norm(x), *layers, key=key, before=before)[1]
     room = 0
     if before is not None and all(factors) and (after := _factors_in_one_product(before, x, key)):
         room = _room_between(factors, before, after)
     joined = [(layer, each) for layer, each in zip(layers, factors, strict=True) if each]
-    weights = [layer.weight.get_value() for layer, _ in joined]
-    products = low_rank_products(x, weights, [each for _, each in joined], room=room) if joined else ()
-    products = iter(products)
-    return tuple(
+    products: Iterator[jax.Array] = iter(())
+    if joined:
+        weights = [layer.weight.get_value() for layer, _ in joined]
+        products = iter(low_rank_products(x, weights, [each for _, each in joined], room=room, norm=fused))
+    x = x if fused is None else next(products)
+    ys = tuple(
         layer._add_bias(next(products)) if each else layer._apply(x, key)
         for layer, each in zip(layers, factors, strict=True)
     )
+    return x, ys
 
 
 def apply_through(
     function: Callable[..., jax.Array],
+    norm: nnx.Module | None,
     x: Float[Array, "*batch in_features"],
     layers: Sequence[Linear],
     last: Linear,
@@ -98,14 +133,15 @@ def apply_through(
     names: Sequence[str],
     key: PRNGKeyArray | None = None,
     is_tight: bool = False,
-) -> Float[Array, "*batch out"]:
-    """``last(function(*(layer(x) for layer in layers)))``, adapters' products in one with the layers' own.
+) -> tuple[Float[Array, "*batch in_features"], Float[Array, "*batch out"]]:
+    """x, and ``last(function(*(layer(norm(x)) for layer in layers)))``; see `apply_to_normed`.
 
     The backward pass reads what is between the layers once for all that it needs of it, as far as it can.
 
     Args:
         function: of the layers' results; elementwise, and of zeros zero.
-        x: the layers' input.
+        norm: of x; None for x itself.
+        x: what is normalised.
         layers: of as many input and output features each.
         last: what is applied to the function's result.
         names: by which policies of `jax.checkpoint` know the layers' results.
@@ -116,8 +152,9 @@ def apply_through(
     factors = [_factors_in_one_product(layer, x, key) for layer in layers]
     last_factors = _factors_in_one_product(last, x, key)
     if last_factors is not None and all(factors):
-        y = low_rank_block(
-            x,
+        fused = _fused_norm(norm, x, factors)
+        same, y = low_rank_block(
+            x if norm is None or fused is not None else norm(x),
             [layer.weight.get_value() for layer in layers],
             factors,
             [None if layer.bias is None else layer.bias.get_value() for layer in layers],
@@ -127,15 +164,24 @@ def apply_through(
             function=function,
             names=names,
             is_tight=is_tight,
+            norm=fused,
         )
-        return last._add_bias(y)
-    ys = apply_to_same(x, *layers, key=key)
+        return x if fused is None else same, last._add_bias(y)
+    x, ys = apply_to_normed(norm, x, *layers, key=key)
     ys = [name_for_policies(y, name) for y, name in zip(ys, names, strict=True)]
     if last_factors is None:
-        return last(function(*ys), key=key)
+        return x, last(function(*ys), key=key)
     weights = [last.weight.get_value()]
     (y,) = low_rank_products(ys, weights, [last_factors], function=function, is_tight=is_tight)
-    return last._add_bias(y)
+    return x, last._add_bias(y)
+
+
+def _fused_norm(norm: nnx.Module | None, x: jax.Array, factors: Sequence[Factors | None]) -> Norm | None:
+    """The norm as low-rank products take it, where kernels compute it beside all of them."""
+    is_fixed = isinstance(norm, RMSNorm) and isinstance(norm.weight, Frozen)
+    if is_fixed and factors and all(factors) and takes_norm(x, factors):
+        return Norm(norm.weight.get_value(), norm.eps)
+    return None
 
 
 def _room_between(factors: Sequence[Factors], last: Linear, last_factors: Factors) -> int:

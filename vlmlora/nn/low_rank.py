@@ -14,6 +14,9 @@ block, the product before can leave the room: columns of zeros.
 Between the wide projections of a feed-forward block and its last one stands a function, whose backward pass
 and all low-rank products around it are one pass over the wide arrays where a kernel can.
 
+Where x is what a norm gives, a kernel writes it with the room at once. In the backward pass another adds the
+norm's gradient to the one that arrives beside the norm, in one pass; so x goes through here, too.
+
 On a mesh every device does so with its rows of x and the whole weight, gathered.
 """
 
@@ -31,6 +34,7 @@ from vlmlora.nn.saved import name_for_policies, naming
 from vlmlora.quantization.sharded import ShardedWeight, with_whole_weights
 from vlmlora.quantization.weights import Framable
 from vlmlora_kernels import low_rank as kernels
+from vlmlora_kernels import norm as norm_kernels
 from vlmlora_kernels.in_place import elementwise_in_place, obstacle
 
 MLP_LOW_RANK = "mlp_low_rank"
@@ -53,6 +57,25 @@ class Factors(NamedTuple):
     b: Float[Array, "out r"]
 
 
+class Norm(NamedTuple):
+    """A root-mean-square norm that is not trained.
+
+    Attributes:
+        weight: one for each feature.
+        eps: added to the mean square.
+    """
+
+    weight: Float[Array, " features"]
+    eps: float
+
+
+def takes_norm(x: Float[Array, "*batch features"], factors: Sequence[Factors]) -> bool:
+    """Whether kernels compute the norm of x, and its gradient, beside products with these factors."""
+    x = _as_matrices(x)
+    room = _room_of(factors)
+    return norm_kernels.obstacle(x, x, x) is None and norm_kernels.obstacle(x, room=room) is None
+
+
 def room_for(features: int, ranks: Sequence[int]) -> int:
     """Columns to the right of `features` others in which low-rank products of these ranks find place."""
     room = max(ranks)
@@ -67,6 +90,7 @@ def low_rank_products(
     room: int = 0,
     function: Callable[..., jax.Array] | None = None,
     is_tight: bool = False,
+    norm: Norm | None = None,
 ) -> tuple[Float[Array, "*batch out_and_room"], ...]:
     """``x W.T + (x A.T) B.T`` for several weights, in the type of `x`.
 
@@ -83,7 +107,13 @@ def low_rank_products(
             kept that, and computes it again beside the gradients of the arguments, in one pass over them.
         is_tight: that pass writes over the arguments, where a kernel can; where none can there are two, which
             take less memory.
+        norm: of x, which has no room; the products are of what it gives, see `takes_norm`. Then x itself
+            comes before the products. Whoever uses x also beside the norm takes that one.
     """
+    if norm is not None:
+        operands, static = (tuple(weights), tuple(factors)), (room, 0, None, False)
+        x, products = _normed(_PRODUCTS, x, norm.weight, operands, norm.eps, _room_of(factors), static)
+        return x, *products
     xs = (x,) if function is None else tuple(x)
     room_of_x = xs[0].shape[-1] - factors[0].a.shape[1]
     return _products(xs, tuple(weights), tuple(factors), room, room_of_x, function, is_tight)
@@ -144,6 +174,7 @@ def _products_bwd(room, room_of_x, function, is_tight, residuals, cotangents):
 
 
 _products.defvjp(_products_fwd, _products_bwd)
+_PRODUCTS = _products_fwd, _products_bwd
 
 
 def low_rank_block(
@@ -158,8 +189,9 @@ def low_rank_block(
     function: Callable[..., jax.Array],
     names: Sequence[str],
     is_tight: bool = False,
-) -> Float[Array, "*batch last_out"]:
-    """Low-rank products of a function of low-rank products of x: ``last(function(*firsts(x)))``.
+    norm: Norm | None = None,
+) -> tuple[Float[Array, "*batch in_and_room"], Float[Array, "*batch last_out"]]:
+    """x, and low-rank products of a function of low-rank products of it: ``last(function(*firsts(x)))``.
 
     Where a kernel can, the backward pass reads the wide arrays in between once for the function's gradients
     and the low-rank products of these; elsewhere it is that of `low_rank_products`, twice.
@@ -175,22 +207,25 @@ def low_rank_block(
         function: of these results; elementwise, and of zeros zero.
         names: by which policies of `jax.checkpoint` know these results.
         is_tight: the backward pass writes over them, where a kernel can, see `low_rank_products`.
+        norm: see `low_rank_products`.
     """
     room_of_x = x.shape[-1] - factors[0].a.shape[1]
-    first = tuple(weights), tuple(factors), tuple(biases)
-    give_names = tuple(map(naming, names))
-    return _block(x, *first, last_weight, last_factors, room, room_of_x, function, give_names, is_tight)
+    operands = tuple(weights), tuple(factors), tuple(biases), last_weight, last_factors
+    static = room, room_of_x, function, tuple(map(naming, names)), is_tight
+    if norm is not None:
+        return _normed(_BLOCK, x, norm.weight, operands, norm.eps, _room_of(factors), static)
+    return x, _block((x,), *operands, *static)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9, 10))
-def _block(x, weights, factors, biases, last_weight, last_factors, *static):
-    return _block_fwd(x, weights, factors, biases, last_weight, last_factors, *static)[0]
+def _block(xs, weights, factors, biases, last_weight, last_factors, *static):
+    return _block_fwd(xs, weights, factors, biases, last_weight, last_factors, *static)[0]
 
 
 def _block_fwd(
-    x, weights, factors, biases, last_weight, last_factors, room, room_of_x, function, give_names, is_tight
+    xs, weights, factors, biases, last_weight, last_factors, room, room_of_x, function, give_names, is_tight
 ):
-    ys, of_first = _products_fwd((x,), weights, factors, room, room_of_x, None, False)
+    ys, of_first = _products_fwd(xs, weights, factors, room, room_of_x, None, False)
     layers = zip(ys, biases, give_names, strict=True)
     ys = tuple(give_name(add_bias(y, bias)) for y, bias, give_name in layers)
     (result,), of_last = _products_fwd(ys, (last_weight,), (last_factors,), 0, room, function, is_tight)
@@ -209,7 +244,7 @@ def _block_bwd(room, room_of_x, function, give_names, is_tight, residuals, cotan
         None if bias is None else _as_matrices(dy)[:, : bias.shape[0]].sum(0).astype(bias.dtype)
         for dy, bias in zip(d_ys, biases, strict=True)
     )
-    return dx, None, d_factors, d_biases, None, d_last
+    return (dx,), None, d_factors, d_biases, None, d_last
 
 
 _OfProducts = tuple[Sequence[jax.Array], jax.Array, Sequence[Any], Sequence[Factors]]
@@ -267,6 +302,35 @@ def _ranks_of(products: _OfProducts) -> list[Float[Array, "tokens _"]]:
 
 
 _block.defvjp(_block_fwd, _block_bwd)
+_BLOCK = _block_fwd, _block_bwd
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4, 5, 6))
+def _normed(rules, x, weight, operands, eps, room, static):
+    return _normed_fwd(rules, x, weight, operands, eps, room, static)[0]
+
+
+def _normed_fwd(rules, x, weight, operands, eps, room, static):
+    wide = norm_kernels.rms_norm(_as_matrices(x), weight, eps=eps, room=room)
+    results, residuals = rules[0]((wide.reshape(*x.shape[:-1], -1),), *operands, *static)
+    return (x, results), (x, weight, residuals)
+
+
+def _normed_bwd(rules, eps, room, static, residuals, cotangents):
+    x, weight, residuals = residuals
+    beside, cotangents = cotangents
+    (dy,), *d_operands = rules[1](*static, residuals, cotangents)
+    matrices = _as_matrices((x, dy, beside))
+    dx = norm_kernels.rms_norm_gradient(matrices[0], weight, *matrices[1:], eps=eps)
+    return dx.reshape(x.shape), None, tuple(d_operands)
+
+
+_normed.defvjp(_normed_fwd, _normed_bwd)
+
+
+def _room_of(factors: Sequence[Factors]) -> int:
+    """Columns to the right of x in which its products with every A find place."""
+    return room_for(factors[0].a.shape[1], [sum(each.a.shape[0] for each in factors)])
 
 
 def add_bias(y: Float[Array, "*batch out_and_room"], bias: Float[Array, " out"] | None) -> jax.Array:

@@ -7,7 +7,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from vlmlora.nn.linear import Linear, apply_through, apply_to_same
+from vlmlora.nn.linear import Linear, apply_through, apply_to_normed
 from vlmlora.nn.saved import is_computed_again, name_for_policies
 
 MLP_UP = "mlp_up"
@@ -70,8 +70,18 @@ class MLP(nnx.Module):
         self, x: Float[Array, "*batch hidden"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*batch hidden"]:
         """Apply the block; `key` drives adapter dropout."""
-        (hidden,) = apply_to_same(x, self.fc1, key=key, before=self.fc2)
-        return self.fc2(self.act(name_for_policies(hidden, MLP_UP)), key=key)
+        return self._apply(None, x, key)[1]
+
+    def add_to(
+        self, x: Float[Array, "*batch hidden"], norm: nnx.Module, *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*batch hidden"]:
+        """``x + block(norm(x))``."""
+        x, y = self._apply(norm, x, key)
+        return x + y
+
+    def _apply(self, norm: nnx.Module | None, x: jax.Array, key: PRNGKeyArray | None):
+        x, (hidden,) = apply_to_normed(norm, x, self.fc1, key=key, before=self.fc2)
+        return x, self.fc2(self.act(name_for_policies(hidden, MLP_UP)), key=key)
 
 
 class GatedMLP(nnx.Module):
@@ -97,10 +107,20 @@ class GatedMLP(nnx.Module):
         self, x: Float[Array, "*batch hidden"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*batch hidden"]:
         """Apply the block; `key` drives adapter dropout."""
+        return self._apply(None, x, key)[1]
+
+    def add_to(
+        self, x: Float[Array, "*batch hidden"], norm: nnx.Module, *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*batch hidden"]:
+        """``x + block(norm(x))``."""
+        x, y = self._apply(norm, x, key)
+        return x + y
+
+    def _apply(self, norm: nnx.Module | None, x: jax.Array, key: PRNGKeyArray | None):
         is_tight = is_computed_again(MLP_GATE) and is_computed_again(MLP_UP)
 
         def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
             return self.act(gate) * up
 
         wide, names = [self.gate_proj, self.up_proj], [MLP_GATE, MLP_UP]
-        return apply_through(gated, x, wide, self.down_proj, names=names, key=key, is_tight=is_tight)
+        return apply_through(gated, norm, x, wide, self.down_proj, names=names, key=key, is_tight=is_tight)

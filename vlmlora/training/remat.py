@@ -33,7 +33,7 @@ _ATTENTION = {QKV: "save", ATTENTION_OUTPUT: "save", ATTENTION_RESIDUAL: "save"}
 _MLP = {MLP_GATE: "save", MLP_UP: "save", MLP_LOW_RANK: "save", LOW_RANK: "save"}
 
 NAMED_POLICIES: dict[str, dict[str, str]] = {
-    "unsloth": {LAYER_INPUT: "offload", MLP_LOW_RANK: "save"},
+    "unsloth": {LAYER_INPUT: "offload", MLP_LOW_RANK: "save", LOW_RANK: "save"},
     "attention": _ATTENTION,
     "mlp": _MLP,
     "attention+mlp": _ATTENTION | _MLP,
@@ -113,9 +113,10 @@ def remat_policy(policy: GradientCheckpointing, *, offloads: bool | None = None)
     Args:
         policy: False saves every intermediate result. True saves a layer's input alone and computes the rest
             again in the backward pass. ``"unsloth"`` does the same, but keeps the layer inputs in pinned host
-            memory and saves ``mlp_low_rank``. ``"attention"`` and ``"mlp"`` save all that is named in their
-            half of the layer, the latter ``low_rank`` too, and ``"attention+mlp"`` in both, which leaves no
-            product with a base weight to compute again. Or a dict. A function is returned as it is.
+            memory and saves ``mlp_low_rank`` and ``low_rank``. ``"attention"`` and ``"mlp"`` save all that is
+            named in their half of the layer, the latter ``low_rank`` too, and ``"attention+mlp"`` in both,
+            which leaves no product with a base weight to compute again. Or a dict. A function is returned as
+            it is.
         offloads: whether there is host memory apart from the device's; None asks the default device.
 
     Raises:

@@ -19,7 +19,7 @@ from vlmlora.models.mllama.cache import ImageCache, MllamaCache
 from vlmlora.models.mllama.vision import VisionModel, gated
 from vlmlora.nn.attention import attention
 from vlmlora.nn.cache import KVCache
-from vlmlora.nn.linear import Embedding, Linear, apply_to_same
+from vlmlora.nn.linear import Embedding, Linear, apply_to_normed, apply_to_same
 from vlmlora.nn.mlp import GatedMLP
 from vlmlora.nn.norm import RMSNorm
 from vlmlora.nn.rotary import Rotary, apply_rotary, rotary, scaled_inverse_frequencies
@@ -54,17 +54,21 @@ class SelfAttention(nnx.Module):
         self.v_proj = Linear(width, kv_width, **shared)
         self.o_proj = Linear(width, width, **shared)
 
-    def __call__(
+    def add_to(
         self,
         x: Float[Array, "batch tokens hidden"],
+        norm: nnx.Module,
         rotary: Rotary,
         *,
         cache: KVCache | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "batch tokens hidden"], tuple[jax.Array, jax.Array]]:
-        """Attend within the row, or to one layer's `cache` too; also returns the tokens' keys and values."""
+        """``x + attention(norm(x))``, within the row or to one layer's `cache` too.
+
+        Also returns the tokens' keys and values.
+        """
         heads = (*x.shape[:2], -1, self.head_dim)
-        projected = apply_to_same(x, self.q_proj, self.k_proj, self.v_proj, key=key)
+        x, projected = apply_to_normed(norm, x, self.q_proj, self.k_proj, self.v_proj, key=key)
         query, keys, values = (each.reshape(heads) for each in projected)
         query, keys = apply_rotary(query, rotary), apply_rotary(keys, rotary)
         if cache is None:
@@ -72,7 +76,7 @@ class SelfAttention(nnx.Module):
         else:
             filled = cache.append(keys, values)
             out = attention(query, filled.keys, filled.values, mask=filled.mask(query.shape[1]))
-        return self.o_proj(out.reshape(x.shape), key=key), (keys, values)
+        return add_attended(x, self.o_proj(out.reshape(x.shape), key=key)), (keys, values)
 
 
 class CrossAttention(nnx.Module):
@@ -207,12 +211,11 @@ class SelfAttentionLayer(nnx.Module):
         self, x: jax.Array, rotary: Rotary, *, cache: KVCache | None, key: PRNGKeyArray | None = None
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """The first half, with its residual connection."""
-        attended, new = self.self_attn(self.input_layernorm(x), rotary, cache=cache, key=key)
-        return add_attended(x, attended), new
+        return self.self_attn.add_to(x, self.input_layernorm, rotary, cache=cache, key=key)
 
     def feed_forward(self, x: jax.Array, *, key: PRNGKeyArray | None = None) -> jax.Array:
         """The second half, with its residual connection; every token by itself."""
-        return x + self.mlp(self.post_attention_layernorm(x), key=key)
+        return self.mlp.add_to(x, self.post_attention_layernorm, key=key)
 
 
 class CrossAttentionLayer(nnx.Module):

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from vlmlora.nn.attention import attention
 from vlmlora.nn.batch import attend_on_mesh, put_image_tokens
 from vlmlora.nn.cache import KVCache
-from vlmlora.nn.linear import Embedding, Linear, apply_to_same
+from vlmlora.nn.linear import Embedding, Linear, apply_to_normed
 from vlmlora.nn.mlp import GatedMLP, gelu
 from vlmlora.nn.norm import RMSNorm
 from vlmlora.nn.rotary import Rotary, apply_rotary, axial_rotary, inverse_frequencies, multimodal_rotary
@@ -64,19 +64,25 @@ class VisionAttention(nnx.Module):
         self.qkv = Linear(width, 3 * width, bias=True, dtype=dtype, stack=stack)
         self.proj = Linear(width, width, bias=True, dtype=dtype, stack=stack)
 
-    def __call__(
+    def add_to(
         self,
         x: Float[Array, "rows patches hidden"],
+        norm: nnx.Module,
         rotary: Rotary,
         attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
         *,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "rows patches hidden"]:
-        """Project, ``attend(query, keys, values)``, each [rows, patches, heads, head_dim], and project."""
-        qkv = self.qkv(x, key=key).reshape(*x.shape[:2], 3, self.num_heads, self.head_dim)
+        """``x + attention(norm(x))``.
+
+        It projects, calls ``attend(query, keys, values)``, each [rows, patches, heads, head_dim], and
+        projects.
+        """
+        x, (qkv,) = apply_to_normed(norm, x, self.qkv, key=key)
+        qkv = qkv.reshape(*x.shape[:2], 3, self.num_heads, self.head_dim)
         query, keys, values = (qkv[:, :, i] for i in range(3))
         query, keys = apply_rotary(query, rotary), apply_rotary(keys, rotary)
-        return self.proj(attend(query, keys, values).reshape(x.shape), key=key)
+        return add_attended(x, self.proj(attend(query, keys, values).reshape(x.shape), key=key))
 
 
 class VisionBlock(nnx.Module):
@@ -93,8 +99,8 @@ class VisionBlock(nnx.Module):
 
     def __call__(self, x, rotary: Rotary, attend: Callable, *, key: PRNGKeyArray | None = None):
         """Attention and MLP, each with a residual connection."""
-        x = add_attended(x, self.attn(self.norm1(x), rotary, attend, key=key))
-        return x + self.mlp(self.norm2(x), key=key)
+        x = self.attn.add_to(x, self.norm1, rotary, attend, key=key)
+        return self.mlp.add_to(x, self.norm2, key=key)
 
 
 class PatchMerger(nnx.Module):
@@ -269,18 +275,22 @@ class Attention(nnx.Module):
         self.v_proj = Linear(width, kv_width, bias=True, **shared)
         self.o_proj = Linear(width, width, bias=False, **shared)
 
-    def __call__(
+    def add_to(
         self,
         x: Float[Array, "batch tokens hidden"],
+        norm: nnx.Module,
         rotary: Rotary,
         *,
         segments: Segments | None = None,
         cache: KVCache | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "batch tokens hidden"], KVCache | None]:
-        """Attend within the row, or to one layer's `cache`, which is returned with the new tokens in it."""
+        """``x + attention(norm(x))``, within the row or to one layer's `cache`.
+
+        The latter is returned with the new tokens in it.
+        """
         heads = (*x.shape[:2], -1, self.head_dim)
-        projected = apply_to_same(x, self.q_proj, self.k_proj, self.v_proj, key=key)
+        x, projected = apply_to_normed(norm, x, self.q_proj, self.k_proj, self.v_proj, key=key)
         query, keys, values = (each.reshape(heads) for each in projected)
         query, keys = apply_rotary(query, rotary), apply_rotary(keys, rotary)
         if cache is None:
@@ -288,7 +298,7 @@ class Attention(nnx.Module):
         else:
             cache = cache.append(keys, values)
             out = attention(query, cache.keys, cache.values, mask=cache.mask(query.shape[1]))
-        return self.o_proj(out.reshape(x.shape), key=key), cache
+        return add_attended(x, self.o_proj(out.reshape(x.shape), key=key)), cache
 
 
 class DecoderLayer(nnx.Module):
@@ -311,14 +321,12 @@ class DecoderLayer(nnx.Module):
 
     def attend(self, x, rotary: Rotary, *, segments=None, cache=None, key: PRNGKeyArray | None = None):
         """The first half, with its residual connection."""
-        attended, cache = self.self_attn(
-            self.input_layernorm(x), rotary, segments=segments, cache=cache, key=key
-        )
-        return add_attended(x, attended), cache
+        norm = self.input_layernorm
+        return self.self_attn.add_to(x, norm, rotary, segments=segments, cache=cache, key=key)
 
     def feed_forward(self, x, *, key: PRNGKeyArray | None = None):
         """The second half, with its residual connection; every token by itself."""
-        return x + self.mlp(self.post_attention_layernorm(x), key=key)
+        return self.mlp.add_to(x, self.post_attention_layernorm, key=key)
 
 
 class TextModel(nnx.Module):
