@@ -161,9 +161,9 @@ def _part(function: str) -> str:
     owner = function.partition(".")[0]
     if "Vision" in owner or owner.startswith(("Patch", "Merger")):
         return "vision"
-    if owner.startswith(("Text", "Decoder", "CrossAttention", "Language")):
+    if owner.startswith(("Text", "Decoder", "CrossAttention", "Language")) or function == "Tail.__call__":
         return "language"
-    return "loss" if owner == "cross_entropy" else "other"
+    return "loss" if "cross_entropy" in owner else "other"
 
 
 def _search(pattern: str, text: str) -> str:

@@ -68,7 +68,7 @@ MARGIN = 0.02
 
 # A choice stays good until this much more memory is there than when it was made.
 _SAME = 0.05
-_FORMAT = 3
+_FORMAT = 4
 
 
 class StepTooLargeError(MemoryError):
