@@ -69,19 +69,19 @@ def test_counts_of_the_7b_model_are_the_peers(large):
 
 
 def test_the_plan_agrees_with_a_step_measured_on_a_gpu(large):
-    """Peak memory of one H100 80GB: benchmarks/results/peers_qwen2_5_vl-7b.json, NF4, "unsloth".
+    """Peak memory of one H200: benchmarks/results/peers_qwen2_5_vl-7b_h200.json, NF4, "unsloth".
 
-    Measured were 9.50 GiB for 8 rows of 2,048 tokens. The plan knows no allocator and no temporaries of
+    Measured were 9.76 GiB for 8 rows of 2,048 tokens. The plan knows no allocator and no temporaries of
     kernels, and counts one layer's activations without the compiler's reuse: a tenth either way.
     """
     assert large["memory"]["batch"] == {"rows": 8, "tokens": 2048, "images": 8}
-    assert large["memory"]["total"]["nf4"]["unsloth"]["device"] == pytest.approx(9.50 * GIB, rel=0.1)
+    assert large["memory"]["total"]["nf4"]["unsloth"]["device"] == pytest.approx(9.76 * GIB, rel=0.1)
     kept = large["memory"]["activations"]
-    # A layer's input in bfloat16, 28 layers: what "unsloth" moves to the host.
-    assert kept["unsloth"]["per_1000_tokens"]["host"] == 28 * 1000 * 3584 * 2
+    # A layer's input in bfloat16, 28 layers but the last: what "unsloth" moves to the host.
+    assert kept["unsloth"]["per_1000_tokens"]["host"] == 27 * 1000 * 3584 * 2
     moved = kept["true"]["per_1000_tokens"]["device"] - kept["unsloth"]["per_1000_tokens"]["device"]
-    # It keeps the product with the A of each layer's last projection, for r = 16.
-    assert moved == pytest.approx(28 * 1000 * (3584 - 16) * 2, rel=1e-6)
+    # It keeps the products with the A of each layer's seven projections, for r = 16.
+    assert moved == pytest.approx(27 * 1000 * (3584 - 7 * 16) * 2, rel=1e-6)
 
 
 ARGUMENTS = {
@@ -138,17 +138,19 @@ def test_saved_activations_are_what_the_compiler_allocates():
     add_abstract_adapters(module, select(module_table(config), lora), lora)
     graphdef, adapters, frozen = nnx.split(module, Trainable, ...)
     batch = family_of(config).batch_shapes(config, 1, 256)
-    saved, layer, temporary = {}, {}, {}
+    saved, layer, passing, temporary = {}, {}, {}, {}
     for policy in (False, True, "attention"):
         loss = make_loss_fn(graphdef, gradient_checkpointing=policy)
-        arrays, layer[policy] = saved_arrays(loss, adapters, frozen, batch)
+        arrays, layer[policy], passing[policy] = saved_arrays(loss, adapters, frozen, batch)
         saved[policy] = sum(array.size * array.dtype.itemsize for array in arrays)
         compiled = jax.jit(jax.grad(loss)).lower(adapters, frozen, batch).compile()
         temporary[policy] = compiled.memory_analysis().temp_size_in_bytes
     # With everything saved, that is nearly all; the rest is what one layer's backward pass computes.
     assert saved[False] < temporary[False] < 1.25 * saved[False]
-    # With checkpointing one layer is computed again, and its gradients lie beside it.
-    assert saved[True] + layer[False] < temporary[True] < 1.8 * (saved[True] + layer[False])
+    # With checkpointing one layer is computed again, and its gradients lie beside it; by then the end of the
+    # decoder is done.
+    needed = saved[True] - passing[True] + layer[False]
+    assert needed < temporary[True] < 1.8 * needed
     # What another policy saves in addition is allocated in addition.
     more = saved["attention"] - saved[True]
     assert temporary["attention"] - temporary[True] == pytest.approx(more, rel=0.15)

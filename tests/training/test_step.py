@@ -188,7 +188,7 @@ def test_each_part_may_have_a_policy_of_its_own(parts, monkeypatch):
         """Widths of what is saved of every layer that is scanned, on the device and on the host."""
         loss = make_loss_fn(graphdef, gradient_checkpointing=policy)
         shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in BATCH.items()}
-        arrays, _ = saved_arrays(loss, adapters, frozen, shapes)
+        arrays, *_ = saved_arrays(loss, adapters, frozen, shapes)
         # Heads apart are of the decoder's last attention, which stands by itself.
         narrowest = min(each.hidden_size for each in sizes.values())
         layers = [a for a in arrays if a.ndim == 4 and a.shape[-1] >= narrowest]

@@ -29,7 +29,7 @@ def qwen(layers):
 
 def mllama():
     config = mllama_cases.tiny_config({"num_hidden_layers": 3, "cross_attention_layers": [1]})
-    case = mllama_cases.Case([[1, mllama_cases.Tiles(2, 1), 14], [5]])
+    case = mllama_cases.Case([[15], [5]])
     return config, jax.tree.map(jnp.asarray, mllama_cases.batches(case, config)[1])
 
 
@@ -51,7 +51,6 @@ def parts_of(config, dropout=0.0):
 @pytest.mark.parametrize(
     ("case", "policy"),
     [
-        ("qwen2_5_vl", "unsloth"),
         ("qwen2_5_vl", "attention+mlp"),
         ("of a single layer", False),
         ("mllama", True),
@@ -93,14 +92,13 @@ def test_the_last_block_never_sees_all_tokens(monkeypatch):
     assert found == {(rows, 6 // rows, width)}
 
 
-def test_every_chunk_has_its_own_dropout(monkeypatch):
+def test_an_adapter_drops_out_the_same_whatever_the_chunks(monkeypatch):
     config, batch = qwen(2)
     graphdef, adapters, frozen = parts_of(config, dropout=0.5)
-    found = {}
+    found = []
     for block in (6, 1000):
         monkeypatch.setattr(loss, "BLOCK_SIZE", block)
         loss_fn = jax.jit(make_loss_fn(graphdef, gradient_checkpointing=True, chunk_size=4))
-        keys = [jax.random.key(0), jax.random.key(0), jax.random.key(1)]
-        found[block] = [float(loss_fn(adapters, frozen, batch, key=key)) for key in keys]
-        assert found[block][0] == found[block][1] != found[block][2]
-    assert found[6][0] != found[1000][0]
+        found += [float(loss_fn(adapters, frozen, batch, key=jax.random.key(seed))) for seed in (0, 1)]
+    np.testing.assert_allclose(found[:2], found[2:], rtol=1e-5)
+    assert found[0] != found[1]

@@ -1,7 +1,7 @@
 """The end of a decoder, in which no token sees another."""
 
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from vlmlora.nn.linear import Embedding, Linear
 from vlmlora.nn.stack import last_layer
@@ -23,11 +23,9 @@ class Tail(nnx.Module):
         self.norm = norm
         self.head = head
 
-    def __call__(
-        self, x: Float[Array, "*batch hidden"], *, key: PRNGKeyArray | None = None
-    ) -> Float[Array, "*batch hidden"]:
+    def __call__(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:
         """The residual stream after the last attention → final hidden states."""
-        return self.norm(self.layer.feed_forward(x, key=key))
+        return self.norm(self.layer.feed_forward(x))
 
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
         """Logits of final hidden states."""

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from vlmlora.distributed import constrain_batch, gather_trainable
+from vlmlora.lora.layer import Lora
 from vlmlora.nn.batch import model_inputs
 from vlmlora.nn.stack import TowerRemats
 from vlmlora.nn.tail import Tail
@@ -29,7 +30,7 @@ LossFn = Callable[..., Float[Array, ""]]
 Head = Callable[[PyTree, PyTree, Float[Array, "rows chunk hidden"]], Float[Array, "rows chunk vocab"]]
 """``logits = head(trained, frozen, hidden)``, which closes over no array."""
 ChunkLoss = Callable[..., Float[Array, ""]]
-"""``loss(trained, frozen, hidden, labels, number)`` of the chunk of that number; it closes over no array."""
+"""``loss(trained, frozen, hidden, labels)`` of a chunk of tokens, which closes over no array."""
 
 
 def cross_entropy(
@@ -61,10 +62,7 @@ def cross_entropy(
 
 
 def _cross_entropy_of_sorted(head, trained, frozen, hidden, labels, chunk_size):
-    def loss(
-        trained: PyTree, frozen: PyTree, hidden: jax.Array, labels: jax.Array, number: jax.Array
-    ) -> jax.Array:
-        del number
+    def loss(trained: PyTree, frozen: PyTree, hidden: jax.Array, labels: jax.Array) -> jax.Array:
         return _negative_log_likelihood(head(trained, frozen, hidden), labels)
 
     return sum_of_chunks(loss, trained, frozen, hidden, labels, chunk_size=chunk_size)
@@ -114,7 +112,7 @@ def sum_of_chunks(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sum_of_chunks(loss, trained, frozen, hidden, labels):
     def add(number: jax.Array, total: jax.Array) -> jax.Array:
-        return total + loss(trained, frozen, hidden[number], labels[number], number)
+        return total + loss(trained, frozen, hidden[number], labels[number])
 
     return jax.lax.fori_loop(0, _chunks_with_labels(labels), add, jnp.float32(0))
 
@@ -123,7 +121,7 @@ def _sum_of_chunks_fwd(loss, trained, frozen, hidden, labels):
     def add(number: jax.Array, carry: tuple) -> tuple:
         total, d_trained, d_hidden = carry
         of_chunk, (d_here, d_chunk) = jax.value_and_grad(loss, argnums=(0, 2))(
-            trained, frozen, hidden[number], labels[number], number
+            trained, frozen, hidden[number], labels[number]
         )
         return total + of_chunk, jax.tree.map(jnp.add, d_trained, d_here), d_hidden.at[number].set(d_chunk)
 
@@ -227,41 +225,37 @@ def make_loss_fn(
             batch = constrain_batch(batch, mesh)
             gather_trainable(model, mesh)
         labels = next_token_labels(batch["labels"], batch.get("segment_ids"))
-        # On a mesh every chunk would gather the weights of the last block anew.
-        tail = model.tail() if mesh is None else None
+        # On a mesh every chunk would gather the weights of the last block anew. And what an adapter drops out
+        # should depend on neither.
+        tail = None if mesh is not None or (key is not None and _drops_out(model)) else model.tail()
         hidden, _ = model(**model_inputs(batch), remat=remats, key=key, is_unfinished=tail is not None)
         if tail is None:
             total = cross_entropy(*split_head(model, hidden), hidden, labels, chunk_size=chunk_size)
         else:
-            # The towers' keys are the first two.
-            tail_key = None if key is None else jax.random.fold_in(key, 2)
-            total = _loss_of_tail(tail, hidden, labels, tail_key, chunk_size)
+            total = _loss_of_tail(tail, hidden, labels, chunk_size)
         return total / jnp.maximum(jnp.sum(labels != IGNORE_INDEX), 1)
 
     return CheckpointedLoss(compute, gradient_checkpointing)
 
 
+def _drops_out(model: nnx.Module) -> bool:
+    """Whether an adapter has dropout."""
+    return any(module.dropout for _, module in nnx.iter_modules(model) if isinstance(module, Lora))
+
+
 def _loss_of_tail(
-    tail: Tail,
-    x: Float[Array, "rows tokens hidden"],
-    labels: Int[Array, "rows tokens"],
-    key: PRNGKeyArray | None,
-    chunk_size: int,
+    tail: Tail, x: Float[Array, "rows tokens hidden"], labels: Int[Array, "rows tokens"], chunk_size: int
 ) -> Float[Array, ""]:
     """`cross_entropy` of what the tail makes of the residual stream, computed where there are labels only."""
     apply, trained, frozen = split_arrays(tail, lambda tail, x: tail.logits(tail(x)), x[:, :1])
 
-    def loss(
-        trained: PyTree, frozen: PyTree, x: jax.Array, labels: jax.Array, number: jax.Array
-    ) -> jax.Array:
-        arrays, key = frozen
-        key = None if key is None else jax.random.fold_in(key, number)
-        hidden = apply(lambda tail, x: tail(x, key=key), trained, arrays, x)
+    def loss(trained: PyTree, frozen: PyTree, x: jax.Array, labels: jax.Array) -> jax.Array:
+        hidden = apply(lambda tail, x: tail(x), trained, frozen, x)
         head = functools.partial(apply, _logits)
-        return _cross_entropy_of_sorted(head, trained, arrays, hidden, labels, chunk_size)
+        return _cross_entropy_of_sorted(head, trained, frozen, hidden, labels, chunk_size)
 
     chunk = max(BLOCK_SIZE, chunk_size)
-    return sum_of_chunks(loss, trained, (frozen, key), *labelled_first(x, labels), chunk_size=chunk)
+    return sum_of_chunks(loss, trained, frozen, *labelled_first(x, labels), chunk_size=chunk)
 
 
 def split_head(model: nnx.Module, hidden: Float[Array, "*batch hidden"]) -> tuple[Head, PyTree, PyTree]:

@@ -63,12 +63,15 @@ class Activations:
         recomputed_per_1000_tokens: what the largest layer saves while it is computed again, and the gradient
             of the largest array of that; on the device, for one layer at a time. Zero without checkpointing,
             which saves it for all layers.
+        passing_per_1000_tokens: of what is kept on the device, what no scan over layers keeps: the end of the
+            decoder, whose backward pass comes before any layer is computed again.
     """
 
     fixed: Bytes
     per_1000_tokens: Bytes
     per_image: Bytes
     recomputed_per_1000_tokens: int
+    passing_per_1000_tokens: int
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,8 @@ class MemoryPlan:
         if self.activations is None:
             raise ValueError("the plan has no activations, so that there is no total either")
         found, thousands = self.activations[policy], rows * tokens / 1000
-        workspace = max(self.logits, round(found.recomputed_per_1000_tokens * thousands))
+        layer = found.recomputed_per_1000_tokens - found.passing_per_1000_tokens
+        workspace = max(self.logits, round(layer * thousands))
         held = self.frozen[stored] + self.adapters + self.gradients + self.optimizer + workspace
         saved = [
             getattr(found.fixed, where)
@@ -140,7 +144,7 @@ def plan_memory(module: nnx.Module, config: PreTrainedConfig) -> MemoryPlan:
 
 def saved_arrays(
     loss_fn: Callable, adapters: PyTree, frozen: PyTree, batch: dict[str, jax.ShapeDtypeStruct]
-) -> tuple[list[jax.core.ShapedArray], int]:
+) -> tuple[list[jax.core.ShapedArray], int, int]:
     """The arrays that a loss's forward pass leaves for its backward pass; nothing is computed.
 
     Args:
@@ -150,9 +154,9 @@ def saved_arrays(
         batch: shapes.
 
     Returns:
-        Shape, type and place of every array that is not an input itself, and the bytes of them
-        that a single layer leaves, where layers are scanned, with the gradient of the largest array: of the
-        layer with the most.
+        Shape, type and place of every array that is not an input itself; the bytes of them that a single
+        layer leaves, where layers are scanned, with the gradient of the largest array: of the layer with the
+        most; and the bytes of those that no scan leaves.
     """
 
     def forward(adapters, frozen, batch):
@@ -160,8 +164,8 @@ def saved_arrays(
 
     with stacks_as_outputs():
         jaxpr = jax.make_jaxpr(forward)(adapters, frozen, batch).jaxpr
-    saved, layers = _saved_of(jaxpr, jaxpr.outvars)
-    return saved, max(layers, default=0)
+    saved, layers, passing = _saved_of(jaxpr, jaxpr.outvars)
+    return saved, max(layers, default=0), passing
 
 
 @dataclass(frozen=True)
@@ -203,18 +207,18 @@ def gradient_cost(
     trace = jax.make_jaxpr(forward_and_backward, return_shape=True)
     with stacks_as_outputs():
         closed, (pull, _) = trace(adapters, frozen, batch, key)
-    saved, layers = _saved_of(closed.jaxpr, closed.jaxpr.outvars[: len(jax.tree.leaves(pull))])
+    saved, layers, _ = _saved_of(closed.jaxpr, closed.jaxpr.outvars[: len(jax.tree.leaves(pull))])
     host = sum(_bytes_of(array) for array in saved if array.memory_space == _HOST)
     flops, largest = _products(closed.jaxpr)
     return GradientCost(Bytes(sum(map(_bytes_of, saved)) - host, host), tuple(layers), flops, largest)
 
 
-def _saved_of(jaxpr: Any, outvars: Sequence[Any]) -> tuple[list[jax.core.ShapedArray], list[int]]:
-    """Those of `outvars` that are no inputs, and the bytes that a step of every scan leaves of them, with the
-    gradient of the largest."""
+def _saved_of(jaxpr: Any, outvars: Sequence[Any]) -> tuple[list[jax.core.ShapedArray], list[int], int]:
+    """Those of `outvars` that are no inputs; the bytes that a step of every scan leaves of them, with the
+    gradient of the largest; and the bytes that no scan leaves."""
     inputs = set(jaxpr.invars)
     outputs = dict.fromkeys(v for v in outvars if isinstance(v, jax.extend.core.Var))
-    layers = []
+    layers, scanned = [], set()
     for equation in jaxpr.eqns:
         if equation.primitive.name == "scan":
             body = equation.params["jaxpr"]
@@ -225,10 +229,12 @@ def _saved_of(jaxpr: Any, outvars: Sequence[Any]) -> tuple[list[jax.core.ShapedA
                 for outer, of_step in zip(equation.outvars, inner, strict=True)
                 if outer in outputs and outer.aval.ndim > of_step.aval.ndim
             ]
+            scanned.update(stacked)
             sizes = [_bytes_of(v.aval) for v in stacked]
             # The gradient of the largest is as large, and lies beside it.
             layers.append((sum(sizes) + max(sizes, default=0)) // equation.params["length"])
-    return [v.aval for v in outputs if v not in inputs], layers
+    saved = [v for v in outputs if v not in inputs]
+    return [v.aval for v in saved], layers, sum(_bytes_of(v.aval) for v in saved if v not in scanned)
 
 
 def _products(jaxpr: Any) -> tuple[int, int]:
@@ -291,14 +297,14 @@ def _activations_of(
     batch_shapes = family_of(config).batch_shapes
 
     def saved(chunks: int, images: int) -> np.ndarray:
-        """Bytes on the device, on the host, and of a layer, for one row."""
+        """Bytes on the device, on the host, of a layer, and of what no scan leaves, for one row."""
         size = (images * IMAGE_SIZE[0], IMAGE_SIZE[1]) if images else None
         with traced_as_fused():
-            arrays, layer = saved_arrays(
+            arrays, layer, passing = saved_arrays(
                 loss_fn, adapters, frozen, batch_shapes(config, 1, chunks * CHUNK_SIZE, size)
             )
         host = sum(_bytes_of(array) for array in arrays if array.memory_space == _HOST)
-        return np.array([sum(map(_bytes_of, arrays)) - host, host, layer])
+        return np.array([sum(map(_bytes_of, arrays)) - host, host, layer, passing])
 
     # Enough tokens for low-rank products to be part of those with weights, which save less then.
     text = [saved(chunks, 0) for chunks in (CHUNKS, 2 * CHUNKS)]
@@ -307,7 +313,7 @@ def _activations_of(
     fixed, per_1000, image = (
         np.round(each).astype(int).tolist() for each in (fixed, per_chunk * 1000 / CHUNK_SIZE, image)
     )
-    return Activations(Bytes(*fixed[:2]), Bytes(*per_1000[:2]), Bytes(*image[:2]), per_1000[2])
+    return Activations(Bytes(*fixed[:2]), Bytes(*per_1000[:2]), Bytes(*image[:2]), *per_1000[2:])
 
 
 def _frozen_bytes(config: PreTrainedConfig) -> dict[str, int]:
