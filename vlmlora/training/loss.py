@@ -225,14 +225,17 @@ def make_loss_fn(
             batch = constrain_batch(batch, mesh)
             gather_trainable(model, mesh)
         labels = next_token_labels(batch["labels"], batch.get("segment_ids"))
-        # On a mesh every chunk would gather the weights of the last block anew. And what an adapter drops out
-        # should depend on neither.
-        tail = None if mesh is not None or (key is not None and _drops_out(model)) else model.tail()
+        block_size = max(BLOCK_SIZE, chunk_size)
+        # Fewer tokens go through the last block at once anyway. On a mesh every chunk would gather its
+        # weights anew. And what an adapter drops out should depend on neither.
+        drops_out = key is not None and _drops_out(model)
+        is_whole = labels.size <= block_size or mesh is not None or drops_out
+        tail = None if is_whole else model.tail()
         hidden, _ = model(**model_inputs(batch), remat=remats, key=key, is_unfinished=tail is not None)
         if tail is None:
             total = cross_entropy(*split_head(model, hidden), hidden, labels, chunk_size=chunk_size)
         else:
-            total = _loss_of_tail(tail, hidden, labels, chunk_size)
+            total = _loss_of_tail(tail, hidden, labels, block_size, chunk_size)
         return total / jnp.maximum(jnp.sum(labels != IGNORE_INDEX), 1)
 
     return CheckpointedLoss(compute, gradient_checkpointing)
@@ -244,7 +247,11 @@ def _drops_out(model: nnx.Module) -> bool:
 
 
 def _loss_of_tail(
-    tail: Tail, x: Float[Array, "rows tokens hidden"], labels: Int[Array, "rows tokens"], chunk_size: int
+    tail: Tail,
+    x: Float[Array, "rows tokens hidden"],
+    labels: Int[Array, "rows tokens"],
+    block_size: int,
+    chunk_size: int,
 ) -> Float[Array, ""]:
     """`cross_entropy` of what the tail makes of the residual stream, computed where there are labels only."""
     apply, trained, frozen = split_arrays(tail, lambda tail, x: tail.logits(tail(x)), x[:, :1])
@@ -254,8 +261,7 @@ def _loss_of_tail(
         head = functools.partial(apply, _logits)
         return _cross_entropy_of_sorted(head, trained, frozen, hidden, labels, chunk_size)
 
-    chunk = max(BLOCK_SIZE, chunk_size)
-    return sum_of_chunks(loss, trained, frozen, *labelled_first(x, labels), chunk_size=chunk)
+    return sum_of_chunks(loss, trained, frozen, *labelled_first(x, labels), chunk_size=block_size)
 
 
 def split_head(model: nnx.Module, hidden: Float[Array, "*batch hidden"]) -> tuple[Head, PyTree, PyTree]:
