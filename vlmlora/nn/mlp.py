@@ -50,7 +50,30 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     return ACTIVATIONS[name]
 
 
-class MLP(nnx.Module):
+class FeedForward(nnx.Module):
+    """A block that takes every token by itself."""
+
+    def __call__(
+        self, x: Float[Array, "*batch hidden"], *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*batch hidden"]:
+        """Apply the block; `key` drives adapter dropout."""
+        return self._apply(None, x, key)[1]
+
+    def add_to(
+        self, x: Float[Array, "*batch hidden"], norm: nnx.Module, *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*batch hidden"]:
+        """``x + block(norm(x))``."""
+        x, y = self._apply(norm, x, key)
+        return x + y
+
+    def _apply(
+        self, norm: nnx.Module | None, x: jax.Array, key: PRNGKeyArray | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """x, and what the block makes of its norm, or of x itself."""
+        raise NotImplementedError
+
+
+class MLP(FeedForward):
     """``fc2(act(fc1(x)))``."""
 
     def __init__(
@@ -66,25 +89,12 @@ class MLP(nnx.Module):
         self.fc2 = Linear(intermediate_size, hidden_size, bias=True, dtype=dtype, stack=stack)
         self.act = activation(hidden_act)
 
-    def __call__(
-        self, x: Float[Array, "*batch hidden"], *, key: PRNGKeyArray | None = None
-    ) -> Float[Array, "*batch hidden"]:
-        """Apply the block; `key` drives adapter dropout."""
-        return self._apply(None, x, key)[1]
-
-    def add_to(
-        self, x: Float[Array, "*batch hidden"], norm: nnx.Module, *, key: PRNGKeyArray | None = None
-    ) -> Float[Array, "*batch hidden"]:
-        """``x + block(norm(x))``."""
-        x, y = self._apply(norm, x, key)
-        return x + y
-
     def _apply(self, norm: nnx.Module | None, x: jax.Array, key: PRNGKeyArray | None):
         x, (hidden,) = apply_to_normed(norm, x, self.fc1, key=key, before=self.fc2)
         return x, self.fc2(self.act(name_for_policies(hidden, MLP_UP)), key=key)
 
 
-class GatedMLP(nnx.Module):
+class GatedMLP(FeedForward):
     """``down(act(gate(x)) * up(x))`` (SwiGLU with silu, https://arxiv.org/abs/2002.05202)."""
 
     def __init__(
@@ -102,19 +112,6 @@ class GatedMLP(nnx.Module):
         self.up_proj = Linear(hidden_size, intermediate_size, **shared)
         self.down_proj = Linear(intermediate_size, hidden_size, **shared)
         self.act = activation(hidden_act)
-
-    def __call__(
-        self, x: Float[Array, "*batch hidden"], *, key: PRNGKeyArray | None = None
-    ) -> Float[Array, "*batch hidden"]:
-        """Apply the block; `key` drives adapter dropout."""
-        return self._apply(None, x, key)[1]
-
-    def add_to(
-        self, x: Float[Array, "*batch hidden"], norm: nnx.Module, *, key: PRNGKeyArray | None = None
-    ) -> Float[Array, "*batch hidden"]:
-        """``x + block(norm(x))``."""
-        x, y = self._apply(norm, x, key)
-        return x + y
 
     def _apply(self, norm: nnx.Module | None, x: jax.Array, key: PRNGKeyArray | None):
         is_tight = is_computed_again(MLP_GATE) and is_computed_again(MLP_UP)
