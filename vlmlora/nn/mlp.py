@@ -1,5 +1,6 @@
 """Feed-forward blocks."""
 
+import abc
 from collections.abc import Callable
 
 import jax
@@ -66,11 +67,11 @@ class FeedForward(nnx.Module):
         x, y = self._apply(norm, x, key)
         return x + y
 
+    @abc.abstractmethod
     def _apply(
         self, norm: nnx.Module | None, x: jax.Array, key: PRNGKeyArray | None
     ) -> tuple[jax.Array, jax.Array]:
         """x, and what the block makes of its norm, or of x itself."""
-        raise NotImplementedError
 
 
 class MLP(FeedForward):

@@ -281,7 +281,7 @@ def split_arrays(
     """Those arrays of a module that a function of it reads: the trained and the frozen ones.
 
     Args:
-        module: a module, or a tree of them.
+        module: whose arrays they are.
         function: called as ``function(module, *arguments)``.
         arguments: of the shapes and types that matter to which arrays are read.
 
