@@ -21,7 +21,8 @@ from transformers import PreTrainedConfig
 from vlmlora.models.load_plan import QUANTIZED_PARTS
 from vlmlora.models.module_table import linear_modules, module_table
 from vlmlora.models.registry import family_of
-from vlmlora.nn.attention import FUSED_ATTENTION, traced_as_fused
+from vlmlora.nn.attention import traced_as_fused
+from vlmlora.nn.flops import products_of
 from vlmlora.nn.saved import stacks_as_outputs
 from vlmlora.nn.stack import Remat
 from vlmlora.nn.variables import Trainable
@@ -209,7 +210,7 @@ def gradient_cost(
         closed, (pull, _) = trace(adapters, frozen, batch, key)
     saved, layers, _ = _saved_of(closed.jaxpr, closed.jaxpr.outvars[: len(jax.tree.leaves(pull))])
     host = sum(_bytes_of(array) for array in saved if array.memory_space == _HOST)
-    flops, largest = _products(closed.jaxpr)
+    flops, largest = products_of(closed.jaxpr)
     return GradientCost(Bytes(sum(map(_bytes_of, saved)) - host, host), tuple(layers), flops, largest)
 
 
@@ -235,43 +236,6 @@ def _saved_of(jaxpr: Any, outvars: Sequence[Any]) -> tuple[list[jax.core.ShapedA
             layers.append((sum(sizes) + max(sizes, default=0)) // equation.params["length"])
     saved = [v for v in outputs if v not in inputs]
     return [v.aval for v in saved], layers, sum(_bytes_of(v.aval) for v in saved if v not in scanned)
-
-
-def _products(jaxpr: Any) -> tuple[int, int]:
-    """Floating-point operations of all products, and the elements of the largest result."""
-    flops = largest = 0
-    for equation in jaxpr.eqns:
-        name, params = equation.primitive.name, equation.params
-        if name == "dot_general":
-            (contracted, _), _ = params["dimension_numbers"]
-            left, out = equation.invars[0].aval, equation.outvars[0].aval
-            flops += 2 * out.size * math.prod(left.shape[axis] for axis in contracted)
-            largest = max(largest, out.size)
-        elif name.startswith(FUSED_ATTENTION):
-            query, keys = (v.aval for v in equation.invars[:2])
-            # Two products of queries × keys, of which a causal kernel skips half.
-            flops += (2 if "CAUSAL" in str(params.get("mask_type")) else 4) * query.size * keys.shape[1]
-        elif params.get("cost_estimate") is not None:
-            flops += params["cost_estimate"].flops
-        else:
-            inner = [_products(each) for each in _jaxprs_of(params)]
-            each_flops = [each for each, _ in inner]
-            # A conditional takes one of its branches.
-            taken = max(each_flops, default=0) if name == "cond" else sum(each_flops)
-            # A scan repeats its body, and under `jax.shard_map` every device runs it.
-            times = params["mesh"].size if name == "shard_map" else params.get("length", 1)
-            flops += times * taken
-            largest = max(largest, *(each for _, each in inner), 0)
-    return flops, largest
-
-
-def _jaxprs_of(params: Mapping[str, Any]) -> list[Any]:
-    leaves = jax.tree.leaves(list(params.values()), is_leaf=_is_jaxpr)
-    return [getattr(leaf, "jaxpr", leaf) for leaf in leaves if _is_jaxpr(leaf)]
-
-
-def _is_jaxpr(value: Any) -> bool:
-    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
 
 
 def _plan_activations(module: nnx.Module, config: PreTrainedConfig) -> dict[bool | str, Activations] | None:

@@ -1,0 +1,50 @@
+"""The work of a traced program, from its products."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from vlmlora.nn.attention import FUSED_ATTENTION
+
+
+def products_of(jaxpr: Any) -> tuple[int, int]:
+    """Floating-point operations of all products, and the elements of the largest result.
+
+    Counted are plain products, the fused attention kernel's forward pass, and kernels that state their cost.
+    """
+    flops = largest = 0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            left, out = equation.invars[0].aval, equation.outvars[0].aval
+            flops += 2 * out.size * math.prod(left.shape[axis] for axis in contracted)
+            largest = max(largest, out.size)
+        elif name.startswith(FUSED_ATTENTION):
+            query, keys = (v.aval for v in equation.invars[:2])
+            # Two products of queries × keys, of which a causal kernel skips half.
+            flops += (2 if "CAUSAL" in str(params.get("mask_type")) else 4) * query.size * keys.shape[1]
+        elif params.get("cost_estimate") is not None:
+            flops += params["cost_estimate"].flops
+        else:
+            inner = [products_of(each) for each in jaxprs_of(params)]
+            each_flops = [each for each, _ in inner]
+            # A conditional takes one of its branches.
+            taken = max(each_flops, default=0) if name == "cond" else sum(each_flops)
+            # A scan repeats its body, and under `jax.shard_map` every device runs it.
+            times = params["mesh"].size if name == "shard_map" else params.get("length", 1)
+            flops += times * taken
+            largest = max(largest, *(each for _, each in inner), 0)
+    return flops, largest
+
+
+def jaxprs_of(params: Mapping[str, Any]) -> list[Any]:
+    """The programs among an operation's parameters."""
+    leaves = jax.tree.leaves(list(params.values()), is_leaf=_is_jaxpr)
+    return [getattr(leaf, "jaxpr", leaf) for leaf in leaves if _is_jaxpr(leaf)]
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
