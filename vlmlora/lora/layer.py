@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
@@ -241,21 +242,20 @@ def _expand(groups: Sequence[Lora], stack: int) -> Lora:
     layers = [layer for group in groups for layer in group.layers or ()]
     if not layers or max(layers) >= stack:
         raise ValueError(f"an adapter of layers {layers or None} does not fit {stack} stacked layers")
-    index = jnp.array(layers)
 
-    def scatter(name: str) -> jax.Array | None:
+    def spread(name: str) -> jax.Array | None:
         if getattr(groups[0], name) is None:
             return None
         values = [getattr(group, name).get_value() for group in groups]
         shape = tuple(max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True))
         padded = [_padded(value, shape) for value in values]
         whole = padded[0] if len(padded) == 1 else jnp.concatenate(padded)
-        return jnp.zeros((stack, *shape), whole.dtype).at[index].set(whole)
+        return _spread(whole, layers, stack)
 
-    arrays = {name: scatter(name) for name in _PER_LAYER}
+    arrays = {name: spread(name) for name in _PER_LAYER}
     adapts = None
     if arrays["magnitude"] is not None and len(layers) < stack:
-        adapts = jnp.zeros(stack, bool).at[index].set(True)
+        adapts = jnp.asarray(np.isin(np.arange(stack), layers))
     return Lora(
         **arrays,
         adapts=adapts,
@@ -263,6 +263,17 @@ def _expand(groups: Sequence[Lora], stack: int) -> Lora:
         dropout=groups[0].dropout,
         salt=groups[0].salt,
     )
+
+
+def _spread(values: jax.Array, layers: Sequence[int], stack: int) -> jax.Array:
+    """The values at these places of an axis of `stack`, and zeros at the others."""
+    steps = set(np.diff(layers).tolist()) or {1}
+    if len(steps) == 1 and min(steps) > 0:
+        # Layers at one distance from each other take a pad, which is traced in a tenth of the time.
+        place = (layers[0], stack - 1 - layers[-1], min(steps) - 1)
+        zero = jnp.zeros((), values.dtype)
+        return jax.lax.pad(values, zero, [place, *[(0, 0, 0)] * (values.ndim - 1)])
+    return jnp.zeros((stack, *values.shape[1:]), values.dtype).at[jnp.array(layers)].set(values)
 
 
 def _padded(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
