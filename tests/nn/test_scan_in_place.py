@@ -13,7 +13,7 @@ from tests.jaxprs import equations
 from vlmlora.distributed import make_mesh
 from vlmlora.nn import stack
 from vlmlora.nn.linear import Linear
-from vlmlora.nn.saved import stacks_as_outputs
+from vlmlora.nn.saved import name_for_policies, stacks_as_outputs
 from vlmlora.nn.scan_in_place import scan_in_place
 from vlmlora.nn.stack import scan_layers
 from vlmlora.quantization.sharded import Layout, ShardedWeight
@@ -22,6 +22,7 @@ from vlmlora.training import remat
 from vlmlora.training.remat import remat_policy
 
 STEPS, ROWS, WIDTH = 5, 3, 8
+VALUE = 2 * WIDTH * 4  # bytes of a float32 value of two rows
 SAVED = ("wide", "copied")
 
 
@@ -221,6 +222,61 @@ def test_layers_use_it_on_one_device_for_what_can_be_kept_there(monkeypatch):
     weight = layers.linear.weight.get_value()
     layers.linear.weight.set_value(ShardedWeight(weight, weight.shape, layout))
     assert not uses(remat_policy("mlp"), layers)
+
+
+@pytest.mark.parametrize(
+    ("flops_per_byte", "host_limit", "expected"),
+    [
+        (5, None, {"layer_input"}),
+        (2, None, {"layer_input", "attention_output"}),
+        (2, STEPS * VALUE, {"layer_input"}),
+        (1, None, {"layer_input", "attention_output", "attention_residual", "qkv"}),
+        (1, STEPS * 3 * VALUE, {"layer_input", "attention_output", "attention_residual"}),
+    ],
+)
+def test_as_much_goes_to_the_host_as_leaves_while_a_layer_runs(
+    flops_per_byte, host_limit, expected, monkeypatch
+):
+    """The most worthwhile first, nothing of a conditional, with the gradient of a plain scan."""
+    monkeypatch.setattr(remat, "_offloads_to_host", lambda: True)
+    monkeypatch.setattr(remat, "_spare_host_bytes", lambda: host_limit)
+    monkeypatch.setattr(stack, "HOST_FLOPS_PER_BYTE", flops_per_byte)
+    layers, x = Layers(), jnp.linspace(-1, 1, 2 * WIDTH).reshape(2, WIDTH)
+    weights = jax.random.normal(jax.random.key(0), (STEPS, WIDTH, WIDTH))
+    layers.linear.weight.set_value(DenseWeight(weights))
+
+    def call(layer, x, _, *, key):
+        def named(x):
+            return name_for_policies(jnp.cos(x), "mlp_up")
+
+        qkv = name_for_policies(layer.linear(x), "qkv")
+        attended = name_for_policies(jnp.sin(qkv), "attention_output")
+        x = name_for_policies(x + attended**2, "attention_residual")
+        return jax.lax.cond(x[0, 0] > 0, named, jnp.sin, x), None
+
+    def gradient(policy, layers):
+        return jax.grad(lambda x: jnp.sum(scan_layers(layers, x, call, remat=policy)[0] ** 2))
+
+    spare = dict.fromkeys(("mlp_up", "qkv", "attention_residual", "attention_output"), "offload_or_recompute")
+    policy = remat_policy({"layer_input": "offload"} | spare)
+    on_host = {
+        name
+        for name in (*spare, "layer_input")
+        if name in stack._with_what_leaves(layers, x, call, None, STEPS, None, policy).on_host
+    }
+    assert on_host == expected
+    jaxpr = jax.make_jaxpr(gradient(policy, layers))(x)
+    moved = [e for e in equations(jaxpr) if e.primitive.name == "device_put"]
+    assert sum("<host>" not in str(e.outvars[0].aval) for e in moved) == len(expected)
+    # The same float32 operations.
+    np.testing.assert_allclose(
+        jax.jit(gradient(policy, layers))(x), gradient(remat_policy(True), layers)(x), rtol=1e-5, atol=1e-6
+    )
+    mesh = make_mesh(devices=jax.devices()[:1])
+    layout = Layout(mesh, None, jax.sharding.PartitionSpec())
+    weight = layers.linear.weight.get_value()
+    layers.linear.weight.set_value(ShardedWeight(weight, weight.shape, layout))
+    assert stack._with_what_leaves(layers, x, call, None, STEPS, None, policy) is policy
 
 
 class Layers(nnx.Module):

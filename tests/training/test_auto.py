@@ -22,8 +22,9 @@ from vlmlora.lora.selection import select
 from vlmlora.models.init import init_parameters
 from vlmlora.models.module_table import module_table
 from vlmlora.models.registry import family_of
+from vlmlora.nn import stack
 from vlmlora.nn.variables import Trainable
-from vlmlora.training import auto
+from vlmlora.training import auto, remat
 from vlmlora.training.loss import make_loss_fn
 from vlmlora.training.optimizer import adamw
 from vlmlora.training.remat import POLICIES, policy_by_part
@@ -243,6 +244,26 @@ def test_a_part_may_be_left_to_choose(parts):
     policies = [each.policy for each in auto.Planner(loss, arguments).candidates()]
     assert {str(policy["vision"]) for policy in policies} == {"unsloth"}
     assert len({str(policy["language"]) for policy in policies}) == len(policies) > len(POLICIES)
+
+
+@pytest.mark.slow
+def test_what_leaves_beside_the_layers_spares_work_and_costs_none(parts, monkeypatch):
+    graphdef, adapters, frozen = parts
+    monkeypatch.setattr(auto, "has_pinned_host", lambda: True)
+    monkeypatch.setattr(remat, "_offloads_to_host", lambda: True)
+    monkeypatch.setattr(stack, "HOST_FLOPS_PER_BYTE", 1)
+    loss = make_loss_fn(graphdef, gradient_checkpointing={"vision": True, "language": "auto"})
+    planner = auto.Planner(loss, (init_train_state(adapters, OPTIMIZER), frozen, BATCH, None))
+    candidates = {str(each.policy["language"]): each for each in planner.candidates()}
+    nothing, inputs, more = (
+        candidates[str(policy)] for policy in ({}, {"layer_input": "offload"}, auto.INPUTS_AND_SPARE)
+    )
+    assert more.work < inputs.work
+    assert inputs.work > nothing.work
+    assert more.memory < nothing.memory
+    assert more.memory == inputs.memory
+    best = planner.cheapest(inputs.memory)
+    assert best.policy["language"] == auto.INPUTS_AND_SPARE
 
 
 def test_others_memory_is_not_available():

@@ -206,7 +206,9 @@ def test_each_part_may_have_a_policy_of_its_own(parts, monkeypatch):
 
 def test_a_policy_is_written_as_short_as_it_can_be():
     assert name_of_policy({"vision": {}, "language": True}) == "True"
-    unsloth = {"qkv": "recompute", "layer_input": "offload", "mlp_low_rank": "save", "low_rank": "save"}
+    spare = dict.fromkeys(("qkv", "attention_output", "attention_residual"), "offload_or_recompute")
+    unsloth = spare | {"mlp_up": "recompute", "layer_input": "offload", "low_rank": "save"}
+    unsloth["mlp_low_rank"] = "save"
     assert name_of_policy(unsloth) == "'unsloth'"
     each = {"vision": "mlp", "language": {"mlp_up": "save", "layer_input": "save"}}
     assert name_of_policy(each) == "{'vision': 'mlp', 'language': {'mlp_up': 'save'}}"
@@ -272,7 +274,7 @@ def test_wrong_arguments_are_refused(trained, parts):
         remat_policy("unslot")
     with pytest.raises(ValueError, match="'layer': 'save'; the names are layer_input, qkv"):
         remat_policy({"layer": "save"})
-    with pytest.raises(ValueError, match=r"'qkv': 'host'; .*'save', 'offload', 'recompute'"):
+    with pytest.raises(ValueError, match=r"'qkv': 'host'; .*'save', 'offload', 'offload_or_recompute'"):
         remat_policy({"qkv": "host"})
     with pytest.raises(ValueError, match=r"'visual': True; .* the parts vision, language"):
         make_loss_fn(parts[0], gradient_checkpointing={"visual": True, "language": True})

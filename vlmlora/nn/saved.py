@@ -27,6 +27,10 @@ class Checkpoint:
             see `vlmlora.nn.scan_in_place`. Where there are any, nothing is kept in host memory.
         on_host: those of `kept` that are kept in host memory.
         policy_on_device: `policy` for a scan that itself sends values to host memory: those are saved.
+        spare: names of values that go to host memory as far as their copies leave beside a layer's work, the
+            one that spares the most work first; those that do not are computed again.
+        host_limit: bytes of host memory that values of all layers may take for that; None: any.
+        with_on_host: the same checkpoint with some of `spare` in host memory, and none to spare.
     """
 
     kept: frozenset[str] = frozenset()
@@ -34,6 +38,9 @@ class Checkpoint:
     in_place: frozenset[str] = frozenset()
     on_host: frozenset[str] = frozenset()
     policy_on_device: Callable[..., Any] | None = None
+    spare: tuple[str, ...] = ()
+    host_limit: int | None = None
+    with_on_host: Callable[[Sequence[str]], "Checkpoint"] | None = None
 
     def __call__(self, body: Callable) -> Callable:
         """The body, checkpointed, for `jax.lax.scan`."""

@@ -1,6 +1,7 @@
 """Run an activation through layers whose parameters are stacked on a leading axis."""
 
 import functools
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from vlmlora.nn.attention import ATTENTION_OUTPUT, FUSED_ATTENTION
+from vlmlora.nn.flops import jaxprs_of, products_of
 from vlmlora.nn.linear import Linear
 from vlmlora.nn.saved import Checkpoint, computed, name_for_policies, saving, stacks_are_carried
 from vlmlora.nn.scan_in_place import scan_in_place
@@ -22,6 +24,8 @@ from vlmlora.nn.variables import Trainable
 from vlmlora.quantization.sharded import ShardedWeight
 from vlmlora.quantization.weights import MixedWeight, Weight
 
+logger = logging.getLogger(__name__)
+
 LAYER_INPUT = "layer_input"
 """Name of a layer's input, for checkpoint policies that save or offload it."""
 ATTENTION_RESIDUAL = "attention_residual"
@@ -29,6 +33,10 @@ ATTENTION_RESIDUAL = "attention_residual"
 
 Remat = Callable[[Callable], Callable]
 """A transformation of the layer's body, e.g. ``functools.partial(jax.checkpoint, policy=...)``."""
+
+HOST_FLOPS_PER_BYTE = 12_000
+"""Floating-point operations of a layer's forward pass in the time in which a byte goes to pinned host memory:
+an H100 or H200 sends some 42 GB/s by PCI Express 5, beside layers that run at some 500 TFLOP/s."""
 
 SWITCH_KEEPS_NO_OPERANDS = jax.__version_info__ >= (0, 12)
 """Whether a conditional under differentiation leaves the arrays that its backward pass reads where they are.
@@ -98,7 +106,9 @@ def scan_layers(
         key: split into one key a layer for dropout; None for none.
         remat: wraps the body of the scan; the layer's input is named `LAYER_INPUT` inside of it. Where a
             `Checkpoint` keeps values that can be computed in place, or more than the input in host memory,
-            and where not all layers run, the scan is `scan_in_place`, which has no forward derivative.
+            and where not all layers run, the scan is `scan_in_place`, which has no forward derivative. Of
+            what a `Checkpoint` has to spare, as much goes to host memory as leaves in the time in which a
+            layer runs forward (`HOST_FLOPS_PER_BYTE`); on a mesh nothing does.
 
     Returns:
         The last layer's output, and the layers' own outputs stacked; None for these of no layers.
@@ -106,6 +116,7 @@ def scan_layers(
     count = layers.stack if count is None else count
     if not count:
         return x, None
+    remat = _with_what_leaves(layers, x, call, per_layer, count, key, remat)
     is_in_place = _runs_in_place(layers, count, remat)
     body, steps = _body_and_steps(layers, call, per_layer, key, count, cuts_weights=not is_in_place)
     if is_in_place:
@@ -133,12 +144,57 @@ def _runs_in_place(layers: nnx.Module, count: int, remat: Remat | None) -> bool:
     return can and bool(keeps_more or count < layers.stack)
 
 
+def _with_what_leaves(
+    layers: nnx.Module,
+    x: jax.Array,
+    call: Callable[..., tuple[jax.Array, PyTree]],
+    per_layer: PyTree,
+    count: int,
+    key: PRNGKeyArray | None,
+    remat: Remat | None,
+) -> Remat | None:
+    """`remat` with what it has to spare in host memory, as far as it leaves while a layer runs forward."""
+    if not isinstance(remat, Checkpoint) or not remat.spare or _is_sharded(layers):
+        return remat
+    body, steps = _body_and_steps(layers, call, per_layer, key, count)
+    step = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), steps)
+    jaxpr = jax.make_jaxpr(body)(x, step).jaxpr
+    sizes = _bytes_by_name(jaxpr)
+    room = products_of(jaxpr)[0] // HOST_FLOPS_PER_BYTE
+    if remat.host_limit is not None:
+        room = min(room, remat.host_limit // count)
+    room -= sum(sizes[name] for name in remat.on_host)
+    leaving = []
+    for name in remat.spare:
+        if 0 < sizes[name] <= room:
+            leaving.append(name)
+            room -= sizes[name]
+    taken = count * sum(sizes[name] for name in leaving)
+    logger.info("beside the layers %s go to host memory, %.1f GB", leaving or "no values", taken / 1e9)
+    return remat.with_on_host(leaving)
+
+
+def _bytes_by_name(jaxpr: Any) -> Counter:
+    """Bytes of the values in a layer that policies know by name, without those inside of conditionals."""
+    sizes: Counter = Counter()
+    for equation in jaxpr.eqns:
+        primitive, results = equation.primitive.name, [v.aval for v in equation.outvars]
+        if primitive == "name":
+            sizes[equation.params["name"]] += sum(each.size * each.dtype.itemsize for each in results)
+        elif primitive.startswith(FUSED_ATTENTION):
+            sizes[ATTENTION_OUTPUT] += sum(each.size * each.dtype.itemsize for each in results)
+        elif primitive != "cond":
+            for inner in jaxprs_of(equation.params):
+                sizes += _bytes_by_name(inner)
+    return sizes
+
+
 def last_layer(layers: nnx.Module) -> nnx.Module:
     """The last layer of a stack by itself. Its frozen weights are read where they lie."""
     parts = _LayersInPlace(layers)
     # Behind the barrier the layer's number is none that XLA knows, and its weights none that it copies.
     number = jax.lax.optimization_barrier(jnp.int32(layers.stack - 1))
-    trainable = jax.tree.map(lambda leaf: leaf[-1], parts.trainable)
+    trainable = jax.tree.map(lambda leaf: jax.lax.index_in_dim(leaf, -1, keepdims=False), parts.trainable)
     return parts.layer(parts.frozen, number, trainable)
 
 
@@ -160,6 +216,7 @@ def scan_layers_and_keep(
     Returns:
         The last layer's output, and those of `keep`, stacked in its order.
     """
+    remat = _with_what_leaves(layers, x, call, None, layers.stack, key, remat)
     body, steps = _body_and_steps(layers, call, None, key, layers.stack)
     body = body if remat is None else remat(body)
     keep = [range(layers.stack)[layer] for layer in keep]
@@ -254,9 +311,10 @@ def _body_and_steps(
     """
     graphdef, trainable, frozen = nnx.split(_expand_adapters(layers), Trainable, ...)
     keys = None if key is None else jax.random.split(key, layers.stack)
-    trainable, per_layer, keys = jax.tree.map(lambda leaf: leaf[:count], (trainable, per_layer, keys))
     leaves, treedef = jax.tree.flatten(frozen, is_leaf=_is_weight)
     if count < layers.stack:
+        first = functools.partial(jax.lax.slice_in_dim, start_index=0, limit_index=count)
+        trainable, per_layer, keys = jax.tree.map(first, (trainable, per_layer, keys))
         leaves = [_first_layers(leaf, count, cuts_weights) for leaf in leaves]
     pools = [leaf.split_for_scan()[0] if _is_mixed(leaf) else None for leaf in leaves]
     sliced = [leaf.split_for_scan()[1] if _is_mixed(leaf) else leaf for leaf in leaves]
@@ -339,7 +397,8 @@ class _LayersInPlace:
         self.frozen = [_in_place(leaf, stack.stack) if _is_weight(leaf) else leaf for leaf in leaves]
 
     def layer(self, frozen: list[Any], place: jax.Array, trainable: PyTree) -> nnx.Module:
-        leaves = [leaf.layer(place) if _is_weight(leaf) else leaf[place] for leaf in frozen]
+        take = functools.partial(jax.lax.dynamic_index_in_dim, index=place, keepdims=False)
+        leaves = [leaf.layer(place) if _is_weight(leaf) else take(leaf) for leaf in frozen]
         return nnx.merge(self._graphdef, trainable, jax.tree.unflatten(self._treedef, leaves))
 
 
@@ -357,7 +416,7 @@ def _first_layers(leaf: Any, count: int, cuts_weights: bool) -> Any:
     each layer is.
     """
     if not _is_weight(leaf):
-        return leaf[:count]
+        return jax.lax.slice_in_dim(leaf, 0, count)
     if not (cuts_weights or _is_mixed(leaf)):
         return leaf
     whole = _in_place(leaf, leaf.stack)

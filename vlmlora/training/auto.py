@@ -33,6 +33,7 @@ from vlmlora.quantization.sharded import batch_shards
 from vlmlora.training.memory import GradientCost, gradient_cost
 from vlmlora.training.remat import (
     AUTO,
+    SPARE,
     CheckpointedLoss,
     GradientCheckpointing,
     has_auto,
@@ -52,6 +53,8 @@ MLP_SETS = tuple(
     dict.fromkeys((MLP_LOW_RANK, MLP_UP, MLP_GATE, LOW_RANK)[:count], "save") for count in (0, 1, 2, 4)
 )
 """What may be saved of a layer's feed-forward block; with all of it, the other low-rank products too."""
+INPUTS_AND_SPARE = {LAYER_INPUT: "offload"} | dict.fromkeys(ATTENTION_SETS[-1], SPARE)
+"""What may go to the host: layer inputs, and what of attention leaves beside a layer's work."""
 ALL = ATTENTION_SETS[-1] | MLP_SETS[-1]
 """What leaves no product with a base weight to compute again."""
 
@@ -68,7 +71,7 @@ MARGIN = 0.02
 
 # A choice stays good until this much more memory is there than when it was made.
 _SAME = 0.05
-_FORMAT = 4
+_FORMAT = 5
 
 
 class StepTooLargeError(MemoryError):
@@ -323,8 +326,14 @@ class Planner:
             largest = more(sets[-1])
             return [(places, more(places) if largest.any() else largest) for places in sets]
 
-        inputs = costs(({}, {LAYER_INPUT: "offload"}) if has_pinned_host() else ({},))
-        several = itertools.product(inputs, costs(ATTENTION_SETS), costs(MLP_SETS))
+        attention = costs(ATTENTION_SETS)
+        layers = list(itertools.product(costs(({},)), attention))
+        if has_pinned_host():
+            (_, of_inputs), (_, of_more) = inputs = costs(({LAYER_INPUT: "offload"}, INPUTS_AND_SPARE))
+            # What goes to the host beside the inputs takes no time, or it does not go.
+            of_more[1] = of_inputs[1]
+            layers += [*itertools.product(inputs[:1], attention), (inputs[1], attention[0])]
+        several = [(*each, mlp) for each in layers for mlp in costs(MLP_SETS)]
         return [(a | b | c, cost_a + cost_b + cost_c) for (a, cost_a), (b, cost_b), (c, cost_c) in several]
 
     def _trace(self, policy: GradientCheckpointing) -> np.ndarray:

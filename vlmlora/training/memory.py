@@ -175,7 +175,8 @@ class GradientCost:
 
     Attributes:
         saved: bytes that the forward pass leaves for the backward pass.
-        layers: bytes of them that one step leaves, with the gradient of the largest, for every scan.
+        layers: bytes of them that one step leaves on the device, with the gradient of the largest, for every
+            scan.
         flops: of all products, those that are computed again included.
         largest_product: elements of the largest result of one.
     """
@@ -215,8 +216,8 @@ def gradient_cost(
 
 
 def _saved_of(jaxpr: Any, outvars: Sequence[Any]) -> tuple[list[jax.core.ShapedArray], list[int], int]:
-    """Those of `outvars` that are no inputs; the bytes that a step of every scan leaves of them, with the
-    gradient of the largest; and the bytes that no scan leaves."""
+    """Those of `outvars` that are no inputs; the bytes that a step of every scan leaves of them on the
+    device, with the gradient of the largest; and the bytes that no scan leaves."""
     inputs = set(jaxpr.invars)
     outputs = dict.fromkeys(v for v in outvars if isinstance(v, jax.extend.core.Var))
     layers, scanned = [], set()
@@ -231,7 +232,8 @@ def _saved_of(jaxpr: Any, outvars: Sequence[Any]) -> tuple[list[jax.core.ShapedA
                 if outer in outputs and outer.aval.ndim > of_step.aval.ndim
             ]
             scanned.update(stacked)
-            sizes = [_bytes_of(v.aval) for v in stacked]
+            # What waits on the host lies on the device again when a step takes it.
+            sizes = [_bytes_of(v.aval) for v in stacked if v.aval.memory_space != _HOST]
             # The gradient of the largest is as large, and lies beside it.
             layers.append((sum(sizes) + max(sizes, default=0)) // equation.params["length"])
     saved = [v for v in outputs if v not in inputs]

@@ -2,7 +2,8 @@
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -24,8 +25,12 @@ NAMES = (LAYER_INPUT, QKV, ATTENTION_OUTPUT, ATTENTION_RESIDUAL, MLP_GATE, MLP_U
 IN_PLACE = frozenset((ATTENTION_RESIDUAL, MLP_GATE, MLP_UP))
 """What elementwise work reads, which finds it in a stack of saved values as well as anywhere. A fused
 attention kernel would have its arguments copied from there."""
-PLACES = ("save", "offload", "recompute")
+SPARE = "offload_or_recompute"
+"""In pinned host memory as far as the copies leave beside a layer's work, else nowhere."""
+PLACES = ("save", "offload", SPARE, "recompute")
 """Where a named value waits for the backward pass: device memory, pinned host memory, or nowhere."""
+_WORTH = (ATTENTION_OUTPUT, ATTENTION_RESIDUAL, QKV, MLP_LOW_RANK, LOW_RANK, MLP_UP, MLP_GATE, LAYER_INPUT)
+"""The names by the work that a byte spares. Of several that spare the same the smallest comes first."""
 PARTS = tuple(field.name for field in fields(TowerRemats))
 """The parts of a model that may have a policy each, as in the module table."""
 
@@ -33,7 +38,14 @@ _ATTENTION = {QKV: "save", ATTENTION_OUTPUT: "save", ATTENTION_RESIDUAL: "save"}
 _MLP = {MLP_GATE: "save", MLP_UP: "save", MLP_LOW_RANK: "save", LOW_RANK: "save"}
 
 NAMED_POLICIES: dict[str, dict[str, str]] = {
-    "unsloth": {LAYER_INPUT: "offload", MLP_LOW_RANK: "save", LOW_RANK: "save"},
+    "unsloth": {
+        LAYER_INPUT: "offload",
+        QKV: SPARE,
+        ATTENTION_OUTPUT: SPARE,
+        ATTENTION_RESIDUAL: SPARE,
+        MLP_LOW_RANK: "save",
+        LOW_RANK: "save",
+    },
     "attention": _ATTENTION,
     "mlp": _MLP,
     "attention+mlp": _ATTENTION | _MLP,
@@ -93,7 +105,9 @@ def remat_policy(policy: GradientCheckpointing, *, offloads: bool | None = None)
     """How the body of one tower's scan over layers is rematerialised.
 
     A dict says for each name in `NAMES` whether the value is saved (``"save"``), saved in pinned host memory
-    (``"offload"``), or computed again (``"recompute"``, also for names left out). The names are
+    (``"offload"``), or computed again (``"recompute"``, also for names left out). With
+    ``"offload_or_recompute"`` it is saved in host memory where its copy leaves beside a layer's work, see
+    `vlmlora.nn.stack.scan_layers`, and otherwise computed again. The names are
 
     - ``layer_input``: what enters a layer, [tokens, hidden]. It is saved in any case and can be offloaded.
     - ``qkv``: queries, keys and values with their positions applied.
@@ -113,7 +127,8 @@ def remat_policy(policy: GradientCheckpointing, *, offloads: bool | None = None)
     Args:
         policy: False saves every intermediate result. True saves a layer's input alone and computes the rest
             again in the backward pass. ``"unsloth"`` does the same, but keeps the layer inputs in pinned host
-            memory and saves ``mlp_low_rank`` and ``low_rank``. ``"attention"`` and ``"mlp"`` save all that is
+            memory, and with them what else of attention leaves beside a layer's work, and saves
+            ``mlp_low_rank`` and ``low_rank``. ``"attention"`` and ``"mlp"`` save all that is
             named in their half of the layer, the latter ``low_rank`` too, and ``"attention+mlp"`` in both,
             which leaves no product with a base weight to compute again. Or a dict. A function is returned as
             it is.
@@ -129,13 +144,27 @@ def remat_policy(policy: GradientCheckpointing, *, offloads: bool | None = None)
     if policy is True:
         return Checkpoint()
     places = _places(policy)
-    saved = [name for name, place in places.items() if place == "save"]
-    offloaded = [name for name, place in places.items() if place == "offload"]
-    if offloaded and not (_offloads_to_host() if offloads is None else offloads):
-        saved, offloaded = saved + offloaded, []
+    saved, offloaded, spare = (
+        [name for name, where in places.items() if where == place] for place in ("save", "offload", SPARE)
+    )
+    host_limit = None
+    if offloads is None and (offloaded or spare):
+        offloads, host_limit = _offloads_to_host(), _spare_host_bytes()
+    if not offloads:
+        saved, offloaded, spare = saved + offloaded, [], []
+    return _checkpoint(saved, offloaded, sorted(spare, key=_WORTH.index), host_limit)
+
+
+def _checkpoint(
+    saved: Sequence[str],
+    offloaded: Sequence[str],
+    spare: Sequence[str] = (),
+    host_limit: int | None = None,
+) -> Checkpoint:
+    """A layer's checkpoint, from the names of what is kept, and where."""
     kept = [name for name in saved if name != LAYER_INPUT]
-    if not kept and not offloaded:
-        return remat_policy(True)
+    if not kept and not offloaded and not spare:
+        return Checkpoint()
     on_device = _keep([*kept, *(name for name in offloaded if name != LAYER_INPUT)], [])
     return Checkpoint(
         kept=frozenset((*kept, *offloaded)),
@@ -143,6 +172,9 @@ def remat_policy(policy: GradientCheckpointing, *, offloads: bool | None = None)
         in_place=frozenset() if offloaded else IN_PLACE.intersection(kept),
         on_host=frozenset(offloaded),
         policy_on_device=on_device,
+        spare=tuple(spare),
+        host_limit=host_limit,
+        with_on_host=lambda names: _checkpoint(saved, [*offloaded, *names]),
     )
 
 
@@ -192,7 +224,7 @@ def keeps_on_host(policy: GradientCheckpointing) -> bool:
     def may(each: GradientCheckpointing) -> bool:
         if isinstance(each, bool):
             return False
-        return callable(each) or each == AUTO or "offload" in _places(each).values()
+        return callable(each) or each == AUTO or bool({"offload", SPARE} & set(_places(each).values()))
 
     return any(map(may, policy_by_part(policy).values()))
 
@@ -234,11 +266,11 @@ def _places(policy: Any) -> Mapping[str, str]:
     return policy
 
 
-def _keep(saved: list[str], offloaded: list[str]) -> Callable[..., Any]:
+def _keep(saved: Sequence[str], offloaded: Sequence[str]) -> Callable[..., Any]:
     """A `jax.checkpoint` policy for named values."""
     by_name = jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=saved,
-        names_which_can_be_offloaded=offloaded,
+        names_which_can_be_saved=list(saved),
+        names_which_can_be_offloaded=list(offloaded),
         offload_src="device",
         offload_dst="pinned_host",
     )
@@ -271,3 +303,10 @@ def _offloads_to_host() -> bool:
             jax.devices()[0].platform,
         )
     return offloads
+
+
+def _spare_host_bytes() -> int:
+    """Host memory that is taken for what could be computed again: half of it, and three quarters of what JAX
+    takes at most."""
+    limit = int(float(os.environ.get("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", 64)) * 10**9)
+    return min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2, limit * 3 // 4)
