@@ -4,8 +4,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
 from vlmlora.nn.attention import FUSED_ATTENTION
 
 
@@ -41,10 +39,10 @@ def products_of(jaxpr: Any) -> tuple[int, int]:
 
 
 def jaxprs_of(params: Mapping[str, Any]) -> list[Any]:
-    """The programs among an operation's parameters."""
-    leaves = jax.tree.leaves(list(params.values()), is_leaf=_is_jaxpr)
-    return [getattr(leaf, "jaxpr", leaf) for leaf in leaves if _is_jaxpr(leaf)]
-
-
-def _is_jaxpr(value: Any) -> bool:
-    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+    """The programs among an operation's parameters, one by one or in a tuple."""
+    found = []
+    for value in params.values():
+        for each in value if isinstance(value, (tuple, list)) else (value,):
+            if hasattr(each, "eqns") or hasattr(each, "jaxpr"):
+                found.append(getattr(each, "jaxpr", each))
+    return found
