@@ -191,13 +191,33 @@ def dequantize_4bit(
     _check_format(quant_type, blocksize)
     _check_fit(codes, absmax, shape, blocksize)
     _check_around(shape, right, below)
-    size = math.prod(shape)
     choice = explain(
         None, shape, kind=quant_type, dtype=dtype, blocksize=blocksize, implementation=implementation
     )
-    around = [None if part is None or part.size == 0 else part.astype(dtype) for part in (right, below)]
-    present = [part for part in around if part is not None]
+    around = (None if part is None or part.size == 0 else part.astype(dtype) for part in (right, below))
+    return _dequantize(
+        codes,
+        absmax,
+        *around,
+        shape=tuple(shape),
+        dtype=jnp.dtype(dtype),
+        quant_type=quant_type,
+        blocksize=blocksize,
+        has_kernel=choice.implementation == DECODE,
+        is_forced=implementation is not None,
+    )
+
+
+# A program of its own: the kernels of a model's layers are traced and lowered once for each shape.
+@functools.partial(
+    jax.jit, static_argnames=("shape", "dtype", "quant_type", "blocksize", "has_kernel", "is_forced")
+)
+def _dequantize(
+    codes, absmax, right, below, *, shape, dtype, quant_type, blocksize, has_kernel, is_forced
+) -> jax.Array:
     scales = _scale_arrays(absmax)
+    around = (right, below)
+    present = [part for part in around if part is not None]
 
     def frame(matrix: jax.Array, arrays: Sequence[jax.Array]) -> jax.Array:
         given = iter(arrays)
@@ -211,7 +231,7 @@ def dequantize_4bit(
         return frame(_dequantize_in_xla(codes, absmax, shape, dtype, quant_type, blocksize), rest)
 
     arrays = (codes, *scales, *present)
-    if choice.implementation != DECODE:
+    if not has_kernel:
         return in_xla(*arrays)
     sizes = None
     if present:
@@ -220,26 +240,19 @@ def dequantize_4bit(
             *(0 if part is None else part.shape[axis] for axis, part in zip((1, 0), around, strict=True)),
         )
         if not _copies(sizes, dtype):
-            whole = dequantize_4bit(
-                codes,
-                absmax,
-                shape=shape,
-                dtype=dtype,
-                quant_type=quant_type,
-                blocksize=blocksize,
-                implementation=implementation,
-            )
-            return frame(whole, present)
+            static = {"shape": shape, "dtype": dtype, "quant_type": quant_type, "blocksize": blocksize}
+            bare = _dequantize(codes, absmax, None, None, **static, has_kernel=True, is_forced=is_forced)
+            return frame(bare, present)
     kernel = hopper_dequantize.dequantize(
         CODE_BOOKS[quant_type],
-        size=size,
+        size=math.prod(shape),
         dtype=dtype,
         nested=isinstance(absmax, NestedAbsmax),
         frame=sizes,
     )
     result = shape if sizes is None else (sizes.rows + sizes.below, sizes.pitch)
     decode = one_by_one(lambda *arrays: kernel(*arrays).reshape(result))
-    return decode(*arrays) if implementation else on_cuda(decode, in_xla, *arrays)
+    return decode(*arrays) if is_forced else on_cuda(decode, in_xla, *arrays)
 
 
 def _copies(frame: hopper_dequantize.Frame, dtype: DTypeLike) -> bool:

@@ -1,4 +1,9 @@
-"""RMSNorm and its gradient."""
+"""RMSNorm and its gradient.
+
+Each is a program of its own: a layer's kernels are traced and lowered once, however often they are called.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +42,11 @@ def rms_norm(
     """
     if reason := obstacle(x, room=room):
         raise ValueError(f"rms_norm cannot run this: {reason}")
+    return _rms_norm(x, weight, eps=eps, room=room)
 
+
+@functools.partial(jax.jit, static_argnames=("eps", "room"))
+def _rms_norm(x, weight, *, eps, room):
     def kernel(x: jax.Array, weight: jax.Array) -> jax.Array:
         return hopper.rms_norm(x, weight, eps=eps, room=room)
 
@@ -83,7 +92,11 @@ def rms_norm_gradient(
     """
     if reason := obstacle(x, dy, residual):
         raise ValueError(f"rms_norm_gradient cannot run this: {reason}")
+    return _rms_norm_gradient(x, weight, dy, residual, eps=eps)
 
+
+@functools.partial(jax.jit, static_argnames="eps")
+def _rms_norm_gradient(x, weight, dy, residual, *, eps):
     def kernel(*arrays: jax.Array) -> jax.Array:
         return hopper.rms_norm_gradient(*arrays, eps=eps)
 
