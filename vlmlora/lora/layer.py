@@ -269,7 +269,7 @@ def _spread(values: jax.Array, layers: Sequence[int], stack: int) -> jax.Array:
     """The values at these places of an axis of `stack`, and zeros at the others."""
     steps = set(np.diff(layers).tolist()) or {1}
     if len(steps) == 1 and min(steps) > 0:
-        # Layers at one distance from each other take a pad, which is traced in a tenth of the time.
+        # Layers at one distance from each other take a pad; a scatter is slow to trace.
         place = (layers[0], stack - 1 - layers[-1], min(steps) - 1)
         zero = jnp.zeros((), values.dtype)
         return jax.lax.pad(values, zero, [place, *[(0, 0, 0)] * (values.ndim - 1)])

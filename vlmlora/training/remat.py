@@ -128,10 +128,9 @@ def remat_policy(policy: GradientCheckpointing, *, offloads: bool | None = None)
         policy: False saves every intermediate result. True saves a layer's input alone and computes the rest
             again in the backward pass. ``"unsloth"`` does the same, but keeps the layer inputs in pinned host
             memory, and with them what else of attention leaves beside a layer's work, and saves
-            ``mlp_low_rank`` and ``low_rank``. ``"attention"`` and ``"mlp"`` save all that is
-            named in their half of the layer, the latter ``low_rank`` too, and ``"attention+mlp"`` in both,
-            which leaves no product with a base weight to compute again. Or a dict. A function is returned as
-            it is.
+            ``mlp_low_rank`` and ``low_rank``. ``"attention"`` and ``"mlp"`` save all that is named in their
+            half of the layer, the latter ``low_rank`` too, and ``"attention+mlp"`` in both, which leaves no
+            product with a base weight to compute again. Or a dict. A function is returned as it is.
         offloads: whether there is host memory apart from the device's; None asks the default device.
 
     Raises:
@@ -149,7 +148,8 @@ def remat_policy(policy: GradientCheckpointing, *, offloads: bool | None = None)
     )
     host_limit = None
     if offloads is None and (offloaded or spare):
-        offloads, host_limit = _offloads_to_host(), _spare_host_bytes()
+        offloads = _offloads_to_host()
+        host_limit = _spare_host_bytes() if offloads else None
     if not offloads:
         saved, offloaded, spare = saved + offloaded, [], []
     return _checkpoint(saved, offloaded, sorted(spare, key=_WORTH.index), host_limit)
