@@ -108,7 +108,7 @@ def scan_layers(
             `Checkpoint` keeps values that can be computed in place, or more than the input in host memory,
             and where not all layers run, the scan is `scan_in_place`, which has no forward derivative. Of
             what a `Checkpoint` has to spare, as much goes to host memory as leaves in the time in which a
-            layer runs forward (`HOST_FLOPS_PER_BYTE`); on a mesh nothing does.
+            layer runs forward (`HOST_FLOPS_PER_BYTE`); nothing does on a mesh, and of layers that differ.
 
     Returns:
         The last layer's output, and the layers' own outputs stacked; None for these of no layers.
@@ -160,7 +160,8 @@ def _with_what_leaves(
     step = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), steps)
     jaxpr = jax.make_jaxpr(body)(x, step).jaxpr
     sizes = _bytes_by_name(jaxpr)
-    room = products_of(jaxpr)[0] // HOST_FLOPS_PER_BYTE
+    # Of layers that differ the trace does not say which one runs, nor how long.
+    room = 0 if _names_in_branches(jaxpr) else products_of(jaxpr)[0] // HOST_FLOPS_PER_BYTE
     if remat.host_limit is not None:
         room = min(room, remat.host_limit // count)
     room -= sum(sizes[name] for name in remat.on_host)
@@ -175,7 +176,7 @@ def _with_what_leaves(
 
 
 def _bytes_by_name(jaxpr: Any) -> Counter:
-    """Bytes of the values in a layer that policies know by name, without those inside of conditionals."""
+    """Bytes of the values that policies know by name, without those inside of conditionals."""
     sizes: Counter = Counter()
     for equation in jaxpr.eqns:
         primitive, results = equation.primitive.name, [v.aval for v in equation.outvars]
@@ -187,6 +188,16 @@ def _bytes_by_name(jaxpr: Any) -> Counter:
             for inner in jaxprs_of(equation.params):
                 sizes += _bytes_by_name(inner)
     return sizes
+
+
+def _names_in_branches(jaxpr: Any) -> bool:
+    """Whether a conditional computes what policies know by name."""
+    for equation in jaxpr.eqns:
+        inner = jaxprs_of(equation.params)
+        is_branching = equation.primitive.name == "cond"
+        if any(map(_bytes_by_name if is_branching else _names_in_branches, inner)):
+            return True
+    return False
 
 
 def last_layer(layers: nnx.Module) -> nnx.Module:
