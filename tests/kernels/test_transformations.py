@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from tests.kernels import emulator
 from tests.kernels.test_hopper import decoded, four_bit
-from vlmlora_kernels import NestedAbsmax, matmul_4bit, matmul_int8, quantize_4bit, quantize_int8
+from vlmlora_kernels import NestedAbsmax, matmul_4bit, matmul_int8, nf4, quantize_4bit, quantize_int8
 from vlmlora_kernels.hopper.launch import Kernel
 
 SHAPE = (24, 256)
@@ -36,7 +36,10 @@ def launched(monkeypatch):
         return jax.pure_callback(run, result, *inputs, vmap_method="sequential")
 
     monkeypatch.setattr(Kernel, "launch", call)
-    return names
+    # A traced kernel is known again, with the list of the test that it was traced in.
+    nf4._dequantize.clear_cache()
+    yield names
+    nf4._dequantize.clear_cache()
 
 
 def weight(seed, kind):
