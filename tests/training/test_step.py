@@ -15,7 +15,7 @@ from vlmlora.lora.selection import select
 from vlmlora.models.init import init_parameters
 from vlmlora.models.module_table import module_table
 from vlmlora.models.registry import family_of
-from vlmlora.nn import low_rank
+from vlmlora.nn import low_rank, stack
 from vlmlora.nn.low_rank import LOW_RANK, MLP_LOW_RANK
 from vlmlora.nn.mlp import MLP_UP
 from vlmlora.nn.saved import is_computed_again
@@ -120,6 +120,35 @@ def test_offload_moves_layer_inputs_to_host_memory(parts, monkeypatch):
     gradient = jax.grad(make_loss_fn(graphdef, gradient_checkpointing="unsloth"))
     jaxpr = jax.make_jaxpr(gradient)(adapters, frozen, BATCH)
     assert "<host>" in str(jaxpr)
+
+
+@pytest.mark.slow
+def test_through_host_memory_loss_and_gradients_are_the_same(parts, monkeypatch):
+    """With adapter dropout, and room for all that attention computes."""
+    graphdef, adapters, frozen = parts
+    monkeypatch.setattr(remat, "_offloads_to_host", lambda: True)
+    monkeypatch.setattr(stack, "HOST_FLOPS_PER_BYTE", 1)
+    batch = jax.device_put(BATCH)
+
+    def gradient(policy):
+        loss = make_loss_fn(graphdef, gradient_checkpointing=policy)
+        return jax.value_and_grad(lambda adapters: loss(adapters, frozen, batch, key=jax.random.key(3)))
+
+    jaxpr = jax.make_jaxpr(gradient("unsloth"))(adapters)
+    on_host = {
+        e.outvars[0].aval.shape
+        for e in equations(jaxpr)
+        if e.primitive.name == "device_put" and "<host>" in str(e.outvars[0].aval)
+    }
+    config, rows = CONFIG.text_config, BATCH["input_ids"].shape
+    head_dim = config.hidden_size // config.num_attention_heads
+    for heads in (config.num_attention_heads, config.num_key_value_heads):
+        assert (*rows, heads, head_dim) in {shape[-4:] for shape in on_host}
+    (found, gradients), (expected, others) = (jax.jit(gradient(p))(adapters) for p in ("unsloth", True))
+    # The same float32 operations, fused in another way.
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    for a, b in zip(*map(jax.tree.leaves, (gradients, others)), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b) + 1e-9
 
 
 def test_unsloth_checkpointing_on_a_cpu_is_plain_and_says_so_once(caplog):

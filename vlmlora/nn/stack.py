@@ -179,11 +179,10 @@ def _bytes_by_name(jaxpr: Any) -> Counter:
     """Bytes of the values that policies know by name, without those inside of conditionals."""
     sizes: Counter = Counter()
     for equation in jaxpr.eqns:
-        primitive, results = equation.primitive.name, [v.aval for v in equation.outvars]
-        if primitive == "name":
-            sizes[equation.params["name"]] += sum(each.size * each.dtype.itemsize for each in results)
-        elif primitive.startswith(FUSED_ATTENTION):
-            sizes[ATTENTION_OUTPUT] += sum(each.size * each.dtype.itemsize for each in results)
+        primitive = equation.primitive.name
+        if primitive == "name" or primitive.startswith(FUSED_ATTENTION):
+            name = equation.params["name"] if primitive == "name" else ATTENTION_OUTPUT
+            sizes[name] += sum(v.aval.size * v.aval.dtype.itemsize for v in equation.outvars)
         elif primitive != "cond":
             for inner in jaxprs_of(equation.params):
                 sizes += _bytes_by_name(inner)
