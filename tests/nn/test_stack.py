@@ -13,6 +13,7 @@ from vlmlora.lora.layer import Lora
 from vlmlora.nn import stack
 from vlmlora.nn.linear import Linear
 from vlmlora.nn.norm import RMSNorm
+from vlmlora.nn.saved import name_for_policies
 from vlmlora.nn.stack import scan_layers, scan_layers_and_keep, scan_mixed_layers
 from vlmlora.nn.trained import TrainedParameter
 from vlmlora.nn.variables import Trainable
@@ -52,12 +53,15 @@ class Layer(nnx.Module):
 
 
 def even(layer, x, shared, constant, arrays, *, key):
-    x = jnp.tanh(layer.linear(layer.norm(x), key=key)) + constant * shared + arrays
+    up = name_for_policies(layer.linear(layer.norm(x), key=key), "mlp_up")
+    x = jnp.tanh(up) + constant * shared + arrays
     return x, x.sum()
 
 
 def odd(layer, x, shared, constant, arrays, *, key):
-    x = jnp.sin(layer.linear(x, key=key) * shared) - constant * layer.norm(x) + arrays
+    up = name_for_policies(layer.linear(x, key=key), "mlp_up")
+    gate = name_for_policies(up[:, ::2] * arrays[::2], "mlp_gate")
+    x = jnp.sin(up * shared) - constant * layer.norm(x) + arrays + jnp.repeat(gate**2, 2, axis=1)
     return x, x.mean()
 
 
@@ -96,17 +100,13 @@ def in_a_loop(stacks, x, shared, constant, arrays):
     return x, jnp.stack(out)
 
 
-@pytest.mark.parametrize("keeps_no_operands", [True, False], ids=["plain switch", "rerunning switch"])
-def test_mixed_layers_equal_a_loop(keeps_no_operands, monkeypatch):
+def test_mixed_layers_equal_a_loop(monkeypatch):
     """Value and every gradient, by each policy; no frozen weight is copied, stacked or saved."""
-    if keeps_no_operands and not stack.SWITCH_KEEPS_NO_OPERANDS:
-        pytest.skip("this jax returns what the backward pass of a conditional reads")
-    monkeypatch.setattr(stack, "SWITCH_KEEPS_NO_OPERANDS", keeps_no_operands)
     monkeypatch.setattr(remat, "_offloads_to_host", lambda: True)
     stacks, x, shared, arrays = make()
     graphdefs, trained, frozen = zip(*(nnx.split(each, Trainable, ...) for each in stacks), strict=True)
     losses = [loss_of(in_a_loop, graphdefs, frozen, arrays)]
-    for policy in (False, True, "unsloth"):
+    for policy in (False, True, "unsloth", "mlp", {"layer_input": "offload", "mlp_up": "offload"}):
 
         def run(stacks, x, shared, constant, arrays, policy=policy):
             return scan_mixed_layers(
@@ -128,7 +128,7 @@ def test_mixed_layers_equal_a_loop(keeps_no_operands, monkeypatch):
             for out in equation.outvars:
                 assert out.aval.shape not in sizes | per_step, f"{policy}: {equation.primitive} {out.aval}"
         on_host = any("<host>" in str(out.aval) for eqn in equations(jaxpr) for out in eqn.outvars)
-        assert on_host == (policy == "unsloth")
+        assert on_host == ("offload" in str(policy) or policy == "unsloth")
 
     def all_of(trained, x, shared):
         return [jax.value_and_grad(loss, argnums=(0, 1, 2))(trained, x, shared) for loss in losses]
@@ -143,6 +143,35 @@ def test_mixed_layers_equal_a_loop(keeps_no_operands, monkeypatch):
             other_gradients,
             gradients,
         )
+
+
+@pytest.mark.parametrize(
+    ("policy", "again"), [(True, 2), ({"mlp_up": "save"}, 0), ("mlp", 0), ("unsloth", 2)], ids=str
+)
+def test_what_mixed_layers_keep_is_not_computed_again(policy, again, monkeypatch):
+    """Of either kind the product with the frozen weight, where its result is not kept."""
+    monkeypatch.setattr(remat, "_offloads_to_host", lambda: True)
+    stacks, x, shared, arrays = make()
+    graphdefs, trained, frozen = zip(*(nnx.split(each, Trainable, ...) for each in stacks), strict=True)
+
+    def products(policy):
+        def run(stacks, x, shared, constant, arrays):
+            given = {
+                "shared": shared,
+                "constant": constant,
+                "per_layer": arrays,
+                "remat": remat_policy(policy),
+            }
+            return scan_mixed_layers(stacks, x, [even, odd], order=ORDER, **given)
+
+        loss = loss_of(run, graphdefs, frozen, arrays)
+        jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(trained, x, shared)
+        return sum(
+            equation.primitive.name == "dot_general" and equation.invars[1].aval.shape == (WIDTH, WIDTH)
+            for equation in equations(jaxpr)
+        )
+
+    assert products(policy) == products(False) + again
 
 
 def test_a_step_has_its_own_trained_parameters_and_what_is_alike_shares_an_array():

@@ -50,6 +50,13 @@ class Checkpoint:
         """The body, checkpointed, for `vlmlora.nn.scan_in_place.scan_in_place`."""
         return self._checkpoint(body, self.in_place, self.policy_on_device)
 
+    def for_branch(self, branch: Callable) -> Callable:
+        """A branch within such a body, checkpointed, for `vlmlora.nn.switch.switch_saving`.
+
+        The body's checkpoint says where the values that it saves are kept.
+        """
+        return self._checkpoint(branch, frozenset(), self.policy_on_device)
+
     def _checkpoint(
         self, body: Callable, in_place: frozenset[str], policy: Callable[..., Any] | None
     ) -> Callable:

@@ -19,11 +19,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import Literal, Var
+from jax.extend.core import Var
 from jaxtyping import PyTree
 
+from vlmlora.nn.residuals import Trace, Value, evaluate, is_inexact, trace_residuals
 from vlmlora.nn.saved import computed
 
 
@@ -65,15 +65,13 @@ def scan_in_place(
 
     # What the body closes over becomes an argument, through which gradients can flow.
     closed, (_, ys) = jax.make_jaxpr(flat_body, return_shape=True)(x, _of_a_step(leaves))
-    one_step = partial(_evaluate, closed.jaxpr)
+    one_step = partial(evaluate, closed.jaxpr)
     primitives = tuple(named_primitives.items())
     places = _Places(frozenset(in_place), frozenset(on_host), name_of_x in on_host, primitives)
     x, outputs = _scan(one_step, places, length, list(closed.consts), x, leaves)
     return x, jax.tree.unflatten(jax.tree.structure(ys), outputs)
 
 
-Value = Any
-"""An array, a tracer of one, or the form in which a trace holds a constant."""
 OneStep = Callable[[Sequence[Value], Sequence[jax.Array]], list[Value]]
 """The next x and the outputs of one step, from constants and from x and the step's slices."""
 
@@ -94,20 +92,9 @@ class _Places:
     x_on_host: bool
     named_primitives: tuple[tuple[str, str], ...]
 
-    def names(self, jaxpr: Any) -> dict[Var, str]:
-        """Names of a step's values."""
-        names: dict[Var, str] = {}
-        for equation in jaxpr.eqns:
-            primitive, results = equation.primitive.name, equation.outvars
-            if primitive == "name":
-                names[results[0]] = equation.params["name"]
-            elif primitive == "reduce_precision" and equation.invars[0] in names:
-                # `jax.checkpoint` rounds what it saves to its own type, which changes nothing.
-                names[results[0]] = names[equation.invars[0]]
-            for start, name in self.named_primitives:
-                if primitive.startswith(start):
-                    names |= dict.fromkeys(results, name)
-        return names
+    def sends(self, trace: Trace, var: Var) -> bool:
+        """Whether a saved value is kept in host memory."""
+        return trace.names.get(var) in self.on_host
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -117,33 +104,6 @@ def _scan(one_step: OneStep, places: _Places, length: int, constants, x, leaves)
         return x, outputs
 
     return _loop(body, x, leaves, length)
-
-
-@dataclass(frozen=True, eq=False)
-class _Trace:
-    """A step and what its backward pass takes.
-
-    Attributes:
-        jaxpr: from constants, x and the step's slices to the next x, the outputs, and the residuals.
-        outputs: number of results before the residuals.
-        moving: which of the arguments have a gradient.
-        pull: structure of the step's backward pass, whose leaves are the residuals.
-        saved: those residuals that the step computes itself.
-        leaving: those of `saved` that are kept on the host.
-        read_in_place: those that are read where they are kept.
-    """
-
-    jaxpr: Any
-    outputs: int
-    moving: tuple[int, ...]
-    pull: Any
-    saved: tuple[Var, ...]
-    leaving: frozenset[Var]
-    read_in_place: frozenset[Var]
-
-    @property
-    def residuals(self) -> Sequence[Var | Literal]:
-        return self.jaxpr.outvars[self.outputs :]
 
 
 @partial(
@@ -169,7 +129,7 @@ class _Residuals:
     xs: jax.Array
     stacks: list[jax.Array]
     closed_over: list[Value]
-    trace: _Trace
+    trace: Trace
 
 
 def _forward(one_step: OneStep, places: _Places, length: int, constants, x, leaves):
@@ -177,7 +137,7 @@ def _forward(one_step: OneStep, places: _Places, length: int, constants, x, leav
     constants, x, leaves = jax.tree.map(lambda each: each.value, (constants, x, leaves))
     trace, closed_over = _trace(one_step, places, is_moving, constants, x, leaves)
     numbers = {var: number for number, var in enumerate(trace.saved)}
-    stacks = [_empty(length, var.aval, numbers[var], on_host=var in trace.leaving) for var in trace.saved]
+    stacks = [_empty(length, var.aval, numbers[var], on_host=places.sends(trace, var)) for var in trace.saved]
     if places.x_on_host:
         xs = _empty(length, x, len(stacks), on_host=True)
     else:
@@ -188,12 +148,13 @@ def _forward(one_step: OneStep, places: _Places, length: int, constants, x, leav
         stacks, leaving = list(stacks), {}
 
         def keep(var: Var, value: Value) -> Value:
-            if var in trace.leaving:
+            if var not in numbers:
+                return value
+            if places.sends(trace, var):
                 leaving[numbers[var]] = value
-            if var not in numbers or var in trace.leaving:
                 return value
             stacks[numbers[var]] = stack = _put(stacks[numbers[var]], value, number)
-            if var not in trace.read_in_place:
+            if trace.names.get(var) not in places.in_place:
                 return value
             # Behind the barrier XLA does not know that what is read is what was written. The stack itself
             # goes straight to the next step, without which no product would write to it.
@@ -203,7 +164,7 @@ def _forward(one_step: OneStep, places: _Places, length: int, constants, x, leav
             xs = _put(xs, _to_host(x), number)
         else:
             x = _take(xs, number)
-        x, *outputs = _evaluate(trace.jaxpr, closed_over, [*constants, x, *leaves], keep)[: trace.outputs]
+        x, *outputs = trace.forward(closed_over, [*constants, x, *leaves], keep)
         if leaving:
             x, values = jax.lax.optimization_barrier((x, list(leaving.values())))
             for each, copy in zip(leaving, computed(values), strict=True):
@@ -223,12 +184,8 @@ def _backward(one_step: OneStep, places: _Places, length: int, residuals: _Resid
     dx, d_outputs = cotangents
     if isinstance(dx, SymbolicZero):
         dx = jnp.zeros(dx.shape, dx.dtype)
-    given = {number: d for number, d in enumerate(d_outputs) if not isinstance(d, SymbolicZero)}
-    zeros = {
-        number: _zeros(var.aval)
-        for number, var in enumerate(trace.jaxpr.outvars[1 : trace.outputs])
-        if number not in given
-    }
+    # The first output is x.
+    given = {number + 1: d for number, d in enumerate(d_outputs) if not isinstance(d, SymbolicZero)}
     of_constants = [argument for argument in trace.moving if argument < len(constants)]
     of_leaves = [argument for argument in trace.moving if argument > len(constants)]
 
@@ -236,15 +193,12 @@ def _backward(one_step: OneStep, places: _Places, length: int, residuals: _Resid
         (dx, sums), (leaves, given) = carry, slices
         x = _take(residuals.xs, number)
         x = _to_device(x) if places.x_on_host else x
-        found = dict(zip(trace.jaxpr.invars, [*constants, x, *leaves], strict=True))
-        found |= zip(trace.jaxpr.constvars, residuals.closed_over, strict=True)
-        for var, stack in zip(trace.saved, residuals.stacks, strict=True):
-            value = _take(stack, number)
-            found[var] = _to_device(value) if var in trace.leaving else value
-        pull = jax.tree.unflatten(trace.pull, [_read(found, var) for var in trace.residuals])
-        d_outputs = given | zeros
-        gradients = pull([dx, *(d_outputs[number] for number in range(len(d_outputs)))])
-        gradients = dict(zip(trace.moving, gradients, strict=True))
+        saved = [_take(stack, number) for stack in residuals.stacks]
+        saved = [
+            _to_device(value) if places.sends(trace, var) else value
+            for var, value in zip(trace.saved, saved, strict=True)
+        ]
+        gradients = trace.backward(residuals.closed_over, [*constants, x, *leaves], saved, {0: dx} | given)
         sums = [total + gradients[each] for total, each in zip(sums, of_constants, strict=True)]
         return (gradients[len(constants)], sums), [gradients[each] for each in of_leaves]
 
@@ -269,35 +223,20 @@ def _trace(
     constants: Sequence[Value],
     x: jax.Array,
     leaves: Sequence[jax.Array],
-) -> tuple[_Trace, list[Value]]:
+) -> tuple[Trace, list[Value]]:
     """One step with its residuals, and what the trace closes over."""
     arguments = [*constants, x, *_of_a_step(leaves)]
     # After one step x has a gradient in any case.
     moving = tuple(
         number
         for number, argument in enumerate(arguments)
-        if (is_moving[number] or number == len(constants)) and jnp.issubdtype(argument.dtype, jnp.inexact)
+        if (is_moving[number] or number == len(constants)) and is_inexact(argument)
     )
 
-    def step(*arguments: Value) -> tuple[list[Value], Callable]:
-        def of_moving(*values: jax.Array) -> list[Value]:
-            every = list(arguments)
-            for number, value in zip(moving, values, strict=True):
-                every[number] = value
-            return one_step(every[: len(constants)], every[len(constants) :])
+    def step(*arguments: Value) -> list[Value]:
+        return one_step(arguments[: len(constants)], arguments[len(constants) :])
 
-        return jax.vjp(of_moving, *(arguments[number] for number in moving))
-
-    closed, (outputs, pull) = jax.make_jaxpr(step, return_shape=True)(*arguments)
-    jaxpr = closed.jaxpr
-    given = {*jaxpr.invars, *jaxpr.constvars}
-    residuals = dict.fromkeys(v for v in jaxpr.outvars[len(outputs) :] if not isinstance(v, Literal))
-    saved = tuple(var for var in residuals if var not in given)
-    names = places.names(jaxpr)
-    leaving = frozenset(var for var in saved if names.get(var) in places.on_host)
-    in_place = frozenset(var for var in saved if names.get(var) in places.in_place)
-    pull = jax.tree.structure(pull)
-    return _Trace(jaxpr, len(outputs), moving, pull, saved, leaving, in_place), list(closed.consts)
+    return trace_residuals(step, arguments, moving, dict(places.named_primitives))
 
 
 def _loop(
@@ -329,38 +268,8 @@ def _loop(
     return jax.lax.while_loop(lambda state: state[0] < length, and_put, start)[1:]
 
 
-def _evaluate(
-    jaxpr: Any,
-    constants: Sequence[Value],
-    arguments: Sequence[Value],
-    keep: Callable[[Var, Value], Value] = lambda _, value: value,
-) -> list[Value]:
-    """Results of a jaxpr; `keep` sees every value that it computes, and says what stands for it."""
-    values = dict(zip(jaxpr.constvars, constants, strict=True))
-    values |= zip(jaxpr.invars, arguments, strict=True)
-    for equation in jaxpr.eqns:
-        primitive = equation.primitive
-        params = primitive.get_bind_params(equation.params)
-        # The profiler shows the operation's own place in the program.
-        with jax.named_scope(str(equation.source_info.name_stack)):
-            found = primitive.bind(*(_read(values, v) for v in equation.invars), **params)
-        found = found if primitive.multiple_results else [found]
-        values |= {var: keep(var, value) for var, value in zip(equation.outvars, found, strict=True)}
-    return [_read(values, var) for var in jaxpr.outvars]
-
-
-def _read(values: Mapping[Var, Value], var: Var | Literal) -> Value:
-    return var.val if isinstance(var, Literal) else values[var]
-
-
 def _of_a_step(leaves: Sequence[jax.Array]) -> list[jax.ShapeDtypeStruct]:
     return [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in leaves]
-
-
-def _zeros(aval: Any) -> Any:
-    if jnp.issubdtype(aval.dtype, jnp.inexact):
-        return jnp.zeros(aval.shape, aval.dtype)
-    return np.zeros(aval.shape, jax.dtypes.float0)
 
 
 def _to_host(x: jax.Array) -> jax.Array:

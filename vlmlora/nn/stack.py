@@ -17,8 +17,9 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from vlmlora.nn.attention import ATTENTION_OUTPUT, FUSED_ATTENTION
 from vlmlora.nn.flops import jaxprs_of, products_of
 from vlmlora.nn.linear import Linear
-from vlmlora.nn.saved import Checkpoint, computed, name_for_policies, saving, stacks_are_carried
+from vlmlora.nn.saved import Checkpoint, computed, name_for_policies, stacks_are_carried
 from vlmlora.nn.scan_in_place import scan_in_place
+from vlmlora.nn.switch import pair_up, switch_saving
 from vlmlora.nn.trained import TRAINED
 from vlmlora.nn.variables import Trainable
 from vlmlora.quantization.sharded import ShardedWeight
@@ -34,13 +35,11 @@ ATTENTION_RESIDUAL = "attention_residual"
 Remat = Callable[[Callable], Callable]
 """A transformation of the layer's body, e.g. ``functools.partial(jax.checkpoint, policy=...)``."""
 
+_NAMED_PRIMITIVES = {FUSED_ATTENTION: ATTENTION_OUTPUT}
+
 HOST_FLOPS_PER_BYTE = 12_000
 """Floating-point operations of a layer's forward pass in the time in which a byte goes to pinned host memory:
 an H100 or H200 sends some 42 GB/s by PCI Express 5, beside layers that run at some 500 TFLOP/s."""
-
-SWITCH_KEEPS_NO_OPERANDS = jax.__version_info__ >= (0, 12)
-"""Whether a conditional under differentiation leaves the arrays that its backward pass reads where they are.
-Before jax 0.12 it returned each as a new one, frozen weights included."""
 
 
 @dataclass(frozen=True)
@@ -117,31 +116,40 @@ def scan_layers(
     if not count:
         return x, None
     remat = _with_what_leaves(layers, x, call, per_layer, count, key, remat)
-    is_in_place = _runs_in_place(layers, count, remat)
+    # In a plain scan XLA copies the weights of layers whose number is not the loop's counter.
+    is_in_place = _can_run_in_place(remat, [layers]) and (_keeps_more(remat) or count < layers.stack)
     body, steps = _body_and_steps(layers, call, per_layer, key, count, cuts_weights=not is_in_place)
     if is_in_place:
-        kept = Checkpoint() if remat is None else remat
-        return scan_in_place(
-            body if remat is None else remat.for_scan_in_place(body),
-            x,
-            steps,
-            length=count,
-            in_place=kept.in_place,
-            on_host=kept.on_host,
-            name_of_x=LAYER_INPUT,
-            named_primitives={FUSED_ATTENTION: ATTENTION_OUTPUT},
-        )
+        return _scan_in_place(body, x, steps, count, remat)
     return jax.lax.scan(body if remat is None else remat(body), x, steps)
 
 
-def _runs_in_place(layers: nnx.Module, count: int, remat: Remat | None) -> bool:
-    """Whether `scan_in_place` can run the first `count` layers, and gains anything by it."""
-    is_checkpoint = isinstance(remat, Checkpoint)
-    can = (is_checkpoint or remat is None) and stacks_are_carried() and not _is_sharded(layers)
+def _scan_in_place(
+    body: Callable, x: jax.Array, steps: PyTree, length: int, remat: Checkpoint | None
+) -> tuple[jax.Array, PyTree]:
+    kept = Checkpoint() if remat is None else remat
+    return scan_in_place(
+        body if remat is None else remat.for_scan_in_place(body),
+        x,
+        steps,
+        length=length,
+        in_place=kept.in_place,
+        on_host=kept.on_host,
+        name_of_x=LAYER_INPUT,
+        named_primitives=_NAMED_PRIMITIVES,
+    )
+
+
+def _can_run_in_place(remat: Remat | None, stacks: Sequence[nnx.Module]) -> bool:
+    """Whether `scan_in_place` can run these layers."""
+    is_known = remat is None or isinstance(remat, Checkpoint)
+    return is_known and stacks_are_carried() and not any(map(_is_sharded, stacks))
+
+
+def _keeps_more(remat: Remat | None) -> bool:
+    """Whether layers keep what `scan_in_place` handles better than a plain scan."""
     # A layer's input alone has nearly all of a layer's time to leave in a plain scan too.
-    keeps_more = is_checkpoint and (remat.in_place or remat.on_host - {LAYER_INPUT})
-    # In a plain scan XLA copies the weights of layers whose number is not the loop's counter.
-    return can and bool(keeps_more or count < layers.stack)
+    return isinstance(remat, Checkpoint) and bool(remat.in_place or remat.on_host - {LAYER_INPUT})
 
 
 def _with_what_leaves(
@@ -260,8 +268,8 @@ def scan_mixed_layers(
 
     A step calls ``x, y = calls[kind](layer, x, shared, constant, per_layer[kind][i], key=key)`` for the i-th
     layer of its kind. Frozen weights are read where they lie: none is copied into the order of the steps, and
-    none is saved for the backward pass. With jax before 0.12 the backward pass runs every layer again,
-    whatever `remat` would keep of it.
+    none is saved for the backward pass. What `remat` keeps of the layers takes as much memory for a layer
+    as all kinds together have of different shapes.
 
     Args:
         stacks: for each kind one layer's module in which every array has a leading axis over its layers.
@@ -273,7 +281,8 @@ def scan_mixed_layers(
         constant: arrays that every step reads; no gradient flows to them.
         per_layer: for each kind arrays with a leading axis over its layers; no gradient flows to them.
         key: split into one key a step for dropout; None for none.
-        remat: wraps the body of the scan; the layer's input is named `LAYER_INPUT` inside of it.
+        remat: wraps the body of the scan, and every layer; see `scan_layers`. Of what it has to spare nothing
+            goes to host memory.
 
     Returns:
         The last step's x, and the steps' own outputs stacked.
@@ -291,18 +300,24 @@ def scan_mixed_layers(
         arrays = None if arrays is None else jax.tree.map(lambda leaf: leaf[place], arrays[kind])
         return calls[kind](layer, x, shared, constant, arrays, key=step_key)
 
-    branches = [functools.partial(branch, kind) for kind in range(len(stacks))]
-    switch = _plain_switch if SWITCH_KEEPS_NO_OPERANDS else _rerunning_switch
     frozen = tuple(part.frozen for part in parts)
+    branches = [functools.partial(branch, kind) for kind in range(len(stacks))]
 
-    def body(x: jax.Array, step: Any) -> tuple[jax.Array, PyTree]:
+    def arguments(x: jax.Array, step: Any) -> tuple[jax.Array, PyTree, PyTree]:
         number, trained, step_key = step
         kind, place = jnp.divmod(number, len(kinds))
         x = checkpoint_name(x, LAYER_INPUT)
-        constants = (frozen, per_layer, constant, place, step_key)
-        return switch(branches, kind, constants, (x, _compute_slices(trained), shared))
+        return kind, (frozen, per_layer, constant, place, step_key), (x, _compute_slices(trained), shared)
 
-    steps = (kinds * len(kinds) + places, trained, keys)
+    steps = (jnp.asarray(kinds * len(kinds) + places), trained, keys)
+    if remat is not None:
+        branches = list(map(remat.for_branch if isinstance(remat, Checkpoint) else remat, branches))
+
+    def body(x: jax.Array, step: Any) -> tuple[jax.Array, PyTree]:
+        return switch_saving(branches, *arguments(x, step), named_primitives=_NAMED_PRIMITIVES)
+
+    if _keeps_more(remat) and _can_run_in_place(remat, stacks):
+        return _scan_in_place(body, x, steps, len(kinds), remat)
     return jax.lax.scan(body if remat is None else remat(body), x, steps)
 
 
@@ -372,17 +387,11 @@ def _trained_by_step(
         Arrays with a leading axis over the steps, and what makes a kind's parameters of one step's slices.
     """
     flat = [jax.tree.flatten(trainable) for trainable in trainables]
-    # The first of a shape and type in one kind goes with the first in another, the second with the second.
+    names = pair_up([[(leaf.shape[1:], leaf.dtype.name) for leaf in leaves] for leaves, _ in flat])
     shared: dict[Any, dict[int, Array]] = {}
-    names: list[list[Any]] = []
     for kind, (leaves, _) in enumerate(flat):
-        seen: Counter = Counter()
-        names.append([])
-        for leaf in leaves:
-            alike = leaf.shape[1:], leaf.dtype.name
-            names[kind].append((*alike, seen[alike]))
-            seen[alike] += 1
-            shared.setdefault(names[kind][-1], {})[kind] = leaf
+        for name, leaf in zip(names[kind], leaves, strict=True):
+            shared.setdefault(name, {})[kind] = leaf
     places_of_names = {name: number for number, name in enumerate(shared)}
 
     def by_step(of_kind: dict[int, Array]) -> Array:
@@ -431,38 +440,6 @@ def _first_layers(leaf: Any, count: int, cuts_weights: bool) -> Any:
         return leaf
     whole = _in_place(leaf, leaf.stack)
     return MixedWeight(whole.pools, whole.kind[:count], whole.index[:count])
-
-
-def _plain_switch(
-    branches: Sequence[Callable], kind: jax.Array, constants: PyTree, operands: PyTree
-) -> PyTree:
-    return jax.lax.switch(kind, branches, constants, operands)
-
-
-def _rerunning_switch(
-    branches: Sequence[Callable], kind: jax.Array, constants: PyTree, operands: PyTree
-) -> PyTree:
-    """`jax.lax.switch` whose backward pass runs the branch again; its residuals are its arguments."""
-
-    @jax.custom_vjp
-    def run(kind, constants, operands):
-        return jax.lax.switch(kind, branches, constants, operands)
-
-    def forward(kind, constants, operands):
-        return run(kind, constants, operands), (kind, constants, operands)
-
-    def backward(residuals, cotangent):
-        kind, constants, operands = residuals
-
-        def pull_back(branch, constants, operands, cotangent):
-            return jax.vjp(functools.partial(branch, constants), operands)[1](cotangent)[0]
-
-        pulls = [functools.partial(pull_back, branch) for branch in branches]
-        with saving(frozenset()):  # The branch runs again, whatever the policy would keep of it.
-            return None, None, jax.lax.switch(kind, pulls, constants, operands, cotangent)
-
-    run.defvjp(forward, backward)
-    return run(kind, constants, operands)
 
 
 def _is_sharded(layers: nnx.Module) -> bool:

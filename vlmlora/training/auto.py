@@ -71,7 +71,7 @@ MARGIN = 0.02
 
 # A choice stays good until this much more memory is there than when it was made.
 _SAME = 0.05
-_FORMAT = 5
+_FORMAT = 6
 
 
 class StepTooLargeError(MemoryError):

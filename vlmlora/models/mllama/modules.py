@@ -33,6 +33,7 @@ from vlmlora.nn.stack import (
     scan_layers,
     scan_mixed_layers,
 )
+from vlmlora.nn.switch import switch_saving
 from vlmlora.nn.tail import Tail
 from vlmlora.nn.variables import parameter
 
@@ -174,11 +175,19 @@ class Sight:
         filled = jnp.maximum(self.num_tiles[:, 0], 1) * patches
         seen = attention(query, keys, values, kv_lengths=filled.astype(jnp.int32))
 
-        def with_all_tiles(seen: jax.Array) -> jax.Array:
-            return jnp.where(self.sees[..., None], seen, attention(query, keys, values))
+        @jax.checkpoint  # What is kept of a branch takes room in layers of every kind.
+        def with_all_tiles(sees: jax.Array, operands: tuple[jax.Array, ...]) -> jax.Array:
+            seen, *projections = operands
+            return jnp.where(sees, seen, attention(*projections))
 
         # Where every canvas is full the two are the same.
-        return jax.lax.cond(self.fills_canvases, lambda seen: seen, with_all_tiles, seen)
+        return switch_saving(
+            [with_all_tiles, lambda _, operands: operands[0]],
+            self.fills_canvases.astype(jnp.int32),
+            self.sees[..., None],
+            (seen, query, keys, values),
+            named_primitives={},
+        )
 
     def _mask(self, patches: int) -> Bool[Array, "batch tokens image_tokens"]:
         filled = jnp.arange(self.max_tiles) < self.num_tiles[:, :, None]
