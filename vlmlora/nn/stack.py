@@ -290,32 +290,31 @@ def scan_mixed_layers(
     kinds = np.asarray(order, np.int32)
     places = np.array([np.sum(kinds[:step] == kind) for step, kind in enumerate(kinds)], np.int32)
     parts = [_LayersInPlace(stack) for stack in stacks]
-    trained, take = _trained_by_step([part.trainable for part in parts], kinds, places)
+    trainables = tuple(part.trainable for part in parts)
+    receivers, direct = _gradients_by_step(trainables, kinds, places)
     keys = None if key is None else jax.random.split(key, len(kinds))
 
     def branch(kind: int, constants: PyTree, operands: PyTree) -> tuple[jax.Array, PyTree]:
-        frozen, arrays, constant, place, step_key = constants
-        x, trained, shared = operands
-        layer = parts[kind].layer(frozen[kind], place, take(kind, trained))
-        arrays = None if arrays is None else jax.tree.map(lambda leaf: leaf[place], arrays[kind])
+        frozen, trained, arrays, constant, place, step_key = constants
+        x, receivers, shared = operands
+        trained, arrays = _at(trained[kind], place), None if arrays is None else _at(arrays[kind], place)
+        layer = parts[kind].layer(frozen[kind], place, direct(kind, trained, receivers))
         return calls[kind](layer, x, shared, constant, arrays, key=step_key)
 
-    frozen = tuple(part.frozen for part in parts)
+    constants = tuple(part.frozen for part in parts), trainables, per_layer, constant
     branches = [functools.partial(branch, kind) for kind in range(len(stacks))]
-
-    def arguments(x: jax.Array, step: Any) -> tuple[jax.Array, PyTree, PyTree]:
-        number, trained, step_key = step
-        kind, place = jnp.divmod(number, len(kinds))
-        x = checkpoint_name(x, LAYER_INPUT)
-        return kind, (frozen, per_layer, constant, place, step_key), (x, _compute_slices(trained), shared)
-
-    steps = (jnp.asarray(kinds * len(kinds) + places), trained, keys)
     if remat is not None:
         branches = list(map(remat.for_branch if isinstance(remat, Checkpoint) else remat, branches))
 
     def body(x: jax.Array, step: Any) -> tuple[jax.Array, PyTree]:
-        return switch_saving(branches, *arguments(x, step), named_primitives=_NAMED_PRIMITIVES)
+        number, receivers, step_key = step
+        kind, place = jnp.divmod(number, len(kinds))
+        operands = checkpoint_name(x, LAYER_INPUT), receivers, shared
+        return switch_saving(
+            branches, kind, (*constants, place, step_key), operands, named_primitives=_NAMED_PRIMITIVES
+        )
 
+    steps = (jnp.asarray(kinds * len(kinds) + places), receivers, keys)
     if _keeps_more(remat) and _can_run_in_place(remat, stacks):
         return _scan_in_place(body, x, steps, len(kinds), remat)
     return jax.lax.scan(body if remat is None else remat(body), x, steps)
@@ -370,13 +369,14 @@ def _compute_slices(slices: PyTree) -> PyTree:
     return jax.tree.unflatten(structure, [leaf if _is_weight(leaf) else next(results) for leaf in leaves])
 
 
-def _trained_by_step(
+def _gradients_by_step(
     trainables: Sequence[PyTree], kinds: np.ndarray, places: np.ndarray
-) -> tuple[list[Array], Callable[[int, Sequence[Array]], PyTree]]:
-    """Trained parameters, which are small, in the order of the steps, so that their gradient is a slice's.
+) -> tuple[list[Array], Callable[[int, PyTree, Sequence[Array]], PyTree]]:
+    """Where the gradients of trained parameters go, in the order of the steps.
 
-    A step needs those of its own kind only. So arrays of several kinds that are alike in shape and type share
-    one; where all have their likes, no more layers are held than there are steps.
+    A step reads the parameters of its layer where they lie. Since the gradient of that would be as large as
+    all layers', it goes to a step's slice of something else, which nothing reads. Parameters of several kinds
+    that are alike in shape and type share that.
 
     Args:
         trainables: for each kind its parameters, every array with a leading axis over the kind's layers.
@@ -384,7 +384,8 @@ def _trained_by_step(
         places: the layer of its kind that every step takes.
 
     Returns:
-        Arrays with a leading axis over the steps, and what makes a kind's parameters of one step's slices.
+        Arrays with a leading axis over the steps, whose gradient goes to the parameters; and what gives a
+        layer's parameters, of a kind, such a gradient, of a step's slices.
     """
     flat = [jax.tree.flatten(trainable) for trainable in trainables]
     names = pair_up([[(leaf.shape[1:], leaf.dtype.name) for leaf in leaves] for leaves, _ in flat])
@@ -392,19 +393,41 @@ def _trained_by_step(
     for kind, (leaves, _) in enumerate(flat):
         for name, leaf in zip(names[kind], leaves, strict=True):
             shared.setdefault(name, {})[kind] = leaf
-    places_of_names = {name: number for number, name in enumerate(shared)}
+    numbers = {name: number for number, name in enumerate(shared)}
 
-    def by_step(of_kind: dict[int, Array]) -> Array:
-        rows, start = np.zeros_like(places), 0
-        for kind, leaf in of_kind.items():
-            rows = np.where(kinds == kind, start + places, rows)
-            start += leaf.shape[0]
-        return jnp.concatenate(list(of_kind.values()))[rows]
+    def receiver(of_kind: dict[int, Array]) -> Array:
+        def of_layers(by_step: Array) -> tuple[list[Array]]:
+            found = []
+            for kind, leaf in of_kind.items():
+                rows = by_step[np.flatnonzero(kinds == kind)]  # the first layers, in order
+                found.append(jnp.pad(rows, [(0, leaf.shape[0] - rows.shape[0]), *[(0, 0)] * (rows.ndim - 1)]))
+            return (found,)
 
-    def take(kind: int, slices: Sequence[Array]) -> PyTree:
-        return jax.tree.unflatten(flat[kind][1], [slices[places_of_names[name]] for name in names[kind]])
+        @jax.custom_vjp
+        def receive(leaves: list[Array]) -> Array:
+            return jnp.zeros((len(kinds), *leaves[0].shape[1:]), leaves[0].dtype)
 
-    return [by_step(of_kind) for of_kind in shared.values()], take
+        receive.defvjp(lambda leaves: (receive(leaves), None), lambda _, by_step: of_layers(by_step))
+        return receive(list(of_kind.values()))
+
+    def direct(kind: int, layer: PyTree, slices: Sequence[Array]) -> PyTree:
+        leaves = jax.tree.leaves(layer)
+        leaves = [
+            _directed(leaf, slices[numbers[name]]) for leaf, name in zip(leaves, names[kind], strict=True)
+        ]
+        return jax.tree.unflatten(flat[kind][1], leaves)
+
+    return list(map(receiver, shared.values())), direct
+
+
+@jax.custom_vjp
+def _directed(x: Array, receiver: Array) -> Array:
+    """`x`, whose gradient goes to `receiver`."""
+    del receiver
+    return x
+
+
+_directed.defvjp(lambda x, receiver: (x, None), lambda _, gradient: (None, gradient))
 
 
 class _LayersInPlace:
@@ -416,9 +439,14 @@ class _LayersInPlace:
         self.frozen = [_in_place(leaf, stack.stack) if _is_weight(leaf) else leaf for leaf in leaves]
 
     def layer(self, frozen: list[Any], place: jax.Array, trainable: PyTree) -> nnx.Module:
-        take = functools.partial(jax.lax.dynamic_index_in_dim, index=place, keepdims=False)
-        leaves = [leaf.layer(place) if _is_weight(leaf) else take(leaf) for leaf in frozen]
+        leaves = [leaf.layer(place) if _is_weight(leaf) else _at(leaf, place) for leaf in frozen]
         return nnx.merge(self._graphdef, trainable, jax.tree.unflatten(self._treedef, leaves))
+
+
+def _at(stacked: PyTree, place: jax.Array) -> PyTree:
+    """One layer's arrays of stacked ones."""
+    take = functools.partial(jax.lax.dynamic_index_in_dim, index=place, keepdims=False)
+    return jax.tree.map(take, stacked)
 
 
 def _in_place(weight: Weight, stack: int) -> MixedWeight:

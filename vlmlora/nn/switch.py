@@ -1,8 +1,8 @@
 """A conditional whose backward pass finds what a checkpoint policy keeps of the branch that was taken.
 
-Before jax 0.12 a `jax.lax.switch` under differentiation returned the arrays that its branches read as new ones,
-frozen weights among them. Here they are read again where they lie. What is kept leaves the conditional under
-the name that it has within, and values of different branches that are alike take the same place.
+Before jax 0.12 a `jax.lax.switch` under differentiation returned the arrays that its branches read as new
+ones, frozen weights among them. Here they are read again where they lie. What is kept leaves the conditional
+under the name that it has within, and values of different branches that are alike take the same place.
 """
 
 from collections import Counter
