@@ -64,8 +64,14 @@ class FeedForward(nnx.Module):
         self, x: Float[Array, "*batch hidden"], norm: nnx.Module, *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*batch hidden"]:
         """``x + block(norm(x))``."""
-        x, y = self._apply(norm, x, key)
+        x, y = self.beside(x, norm, key=key)
         return x + y
+
+    def beside(
+        self, x: Float[Array, "*batch hidden"], norm: nnx.Module, *, key: PRNGKeyArray | None = None
+    ) -> tuple[Float[Array, "*batch hidden"], Float[Array, "*batch hidden"]]:
+        """x for a residual connection, and ``block(norm(x))``; see `apply_to_normed`."""
+        return self._apply(norm, x, key)
 
     @abc.abstractmethod
     def _apply(

@@ -103,18 +103,20 @@ class CrossAttention(nnx.Module):
         keys, values = (each.reshape(heads) for each in projected)
         return self.k_norm(keys), values
 
-    def __call__(
+    def beside(
         self,
         x: Float[Array, "batch tokens hidden"],
+        norm: nnx.Module,
         keys: Float[Array, "batch image_tokens kv_heads head_dim"],
         values: Float[Array, "batch image_tokens kv_heads head_dim"],
         sight: "Sight",
         *,
         key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "batch tokens hidden"]:
-        """Attend to the tiles that each token sees."""
-        query = self.q_norm(self.q_proj(x, key=key).reshape(*x.shape[:2], -1, self.head_dim))
-        return self.o_proj(sight.attend(query, keys, values).reshape(x.shape), key=key)
+    ) -> tuple[Float[Array, "batch tokens hidden"], Float[Array, "batch tokens hidden"]]:
+        """x, and what ``norm(x)`` attends to: the tiles that each token sees."""
+        x, (query,) = apply_to_normed(norm, x, self.q_proj, key=key)
+        query = self.q_norm(query.reshape(*x.shape[:2], -1, self.head_dim))
+        return x, self.o_proj(sight.attend(query, keys, values).reshape(x.shape), key=key)
 
 
 @functools.partial(
@@ -251,9 +253,9 @@ class CrossAttentionLayer(nnx.Module):
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "batch tokens hidden"]:
         """Attention and MLP, each gated and with a residual connection; a row without an image stays."""
-        attended = self.cross_attn(self.input_layernorm(x), keys, values, sight, key=key)
+        x, attended = self.cross_attn.beside(x, self.input_layernorm, keys, values, sight, key=key)
         x = add_attended(x, gated(self.cross_attn_attn_gate, jnp.where(sight.has_image, attended, 0)))
-        hidden = self.mlp(self.post_attention_layernorm(x), key=key)
+        x, hidden = self.mlp.beside(x, self.post_attention_layernorm, key=key)
         return x + gated(self.cross_attn_mlp_gate, jnp.where(sight.sees, hidden, 0))
 
 
