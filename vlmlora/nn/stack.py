@@ -309,7 +309,7 @@ def scan_mixed_layers(
     def body(x: jax.Array, step: Any) -> tuple[jax.Array, PyTree]:
         number, receivers, step_key = step
         kind, place = jnp.divmod(number, len(kinds))
-        operands = checkpoint_name(x, LAYER_INPUT), receivers, shared
+        operands = checkpoint_name(x, LAYER_INPUT), _compute_slices(receivers), shared
         return switch_saving(
             branches, kind, (*constants, place, step_key), operands, named_primitives=_NAMED_PRIMITIVES
         )

@@ -3,6 +3,10 @@
 Before jax 0.12 a `jax.lax.switch` under differentiation returned the arrays that its branches read as new
 ones, frozen weights among them. Here they are read again where they lie. What is kept leaves the conditional
 under the name that it has within, and values of different branches that are alike take the same place.
+
+In a loop what goes into a conditional or comes out of it is copied from and to the stacks of all steps. XLA
+gives its few streams in turn to a loop's copies, where one that is awaited at once would stand behind a
+layer's input on its way from or to host memory. So these are computations (`vlmlora.nn.saved.computed`).
 """
 
 from collections import Counter
@@ -17,6 +21,7 @@ from jax.extend.core import Var
 from jaxtyping import PyTree
 
 from vlmlora.nn.residuals import Trace, Value, trace_residuals
+from vlmlora.nn.saved import computed
 
 Branch = Callable[[PyTree, PyTree], PyTree]
 """What a branch returns, of the constants and the operands."""
@@ -102,8 +107,8 @@ def switch_saving(
 
         pulls = list(map(pulling, range(len(branches))))
         leaves = (*residuals.fixed, *residuals.given)
-        cotangents = jax.tree.leaves(cotangents)
-        return None, None, jax.lax.switch(residuals.index, pulls, cotangents, residuals.filled, *leaves)
+        cotangents, filled = jax.tree.leaves(cotangents), computed(residuals.filled)
+        return None, None, jax.lax.switch(residuals.index, pulls, cotangents, filled, *leaves)
 
     run.defvjp(forward, backward)
     return run(index, fixed, given)
@@ -164,7 +169,7 @@ class _Places:
         """The values under the names that they have in the branches."""
         return [
             value if name is None else checkpoint_name(value, name)
-            for ((_, _, name), _), value in zip(self._all, filled, strict=True)
+            for ((_, _, name), _), value in zip(self._all, computed(filled), strict=True)
         ]
 
 
