@@ -45,14 +45,21 @@ def packable(family, tmp_path_factory):
     return nnx.split(module, Trainable, ...), processor, samples
 
 
-@pytest.mark.parametrize("kernels", ["XLA", "cuDNN"])
-def test_packed_rows_have_the_loss_and_gradients_of_separate_ones(packable, kernels, monkeypatch):
+@pytest.fixture(scope="module")
+def separate(packable):
+    """A loss, and its value and gradients for rows of one sample."""
     (graphdef, adapters, frozen), processor, samples = packable
     loss_fn = make_loss_fn(graphdef, gradient_checkpointing=True, chunk_size=16)
-    run = jax.jit(jax.value_and_grad(loss_fn))
-    loss, gradients = run(adapters, frozen, processor.collate(samples))
+    return loss_fn, *jax.jit(jax.value_and_grad(loss_fn))(adapters, frozen, processor.collate(samples))
+
+
+@pytest.mark.parametrize("kernels", ["XLA", "cuDNN"])
+def test_packed_rows_have_the_loss_and_gradients_of_separate_ones(packable, separate, kernels, monkeypatch):
+    (_, adapters, frozen), processor, samples = packable
+    loss_fn, loss, gradients = separate
     asked = install(monkeypatch) if kernels == "cuDNN" else []
-    for rows in ROWS:
+    # For the kernels the arrangement with all that the other has.
+    for rows in ROWS if kernels == "XLA" else ROWS[1:]:
         batch = processor.collate_packed([[samples[i] for i in row] for row in rows])
         assert len(batch["input_ids"]) == len(batch["pixel_values"]) == len(rows)
         # Compiled anew, since the kernels may be others.

@@ -68,11 +68,9 @@ def test_values_and_gradients_are_those_of_two_products(features, outs, ranks, k
         outputs = products(x, weights, factors)
         return sum((i + 1) * jnp.sum(jnp.sin(y)) for i, y in enumerate(outputs)), outputs
 
-    together, outputs = jax.grad(lambda *a: loss(low_rank_products, *a), argnums=(0, 1), has_aux=True)(
-        x, factors
-    )
-    expected, expected_outputs = jax.grad(lambda *a: loss(apart, *a), argnums=(0, 1), has_aux=True)(
-        x, factors
+    (together, outputs), (expected, expected_outputs) = (
+        jax.jit(jax.grad(functools.partial(loss, products), argnums=(0, 1), has_aux=True))(x, factors)
+        for products in (low_rank_products, apart)
     )
     close(outputs, expected_outputs)
     close(together, expected)
@@ -99,7 +97,7 @@ def test_room_is_left_and_used_between_two_products(kind):
     np.testing.assert_array_equal(wide[..., 20:], 0)
     close(y, one_after_another(x, first, second))
     gradients = [
-        jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), argnums=(0, 1, 2))(x, first, second)
+        jax.jit(jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), argnums=(0, 1, 2)))(x, first, second)
         for f in (lambda *a: together(*a)[0], one_after_another)
     ]
     close(*gradients)
@@ -123,7 +121,7 @@ def test_a_function_before_the_product_is_part_of_it(kind, is_tight):
 
     close(together(x, first, second), one_after_another(x, first, second))
     gradients = [
-        jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), argnums=(0, 1, 2))(x, first, second)
+        jax.jit(jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), argnums=(0, 1, 2)))(x, first, second)
         for f in (together, one_after_another)
     ]
     close(*gradients)
@@ -163,7 +161,7 @@ def test_gradients_written_over_the_functions_arguments_are_the_same(monkeypatch
             (y,) = low_rank_products(wide, [down], second, **options)
             return jnp.sum(jnp.sin(y.astype(jnp.float32)))
 
-        return jax.grad(loss, argnums=(0, 1, 2))(x, first, second)
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(x, first, second)
 
     for plain, found in zip(*map(jax.tree.leaves, map(gradients, (False, True))), strict=True):
         plain, found = np.asarray(plain, np.float32), np.asarray(found, np.float32)
@@ -190,7 +188,7 @@ def test_weights_get_no_gradient_and_factors_theirs_under_scan_and_checkpoint():
             x = jnp.sin(apart(x, [stack.layer(i)], [jax.tree.map(lambda leaf, i=i: leaf[i], stacked)])[0])
         return jnp.sum(x)
 
-    close(jax.jit(jax.grad(loss, argnums=(0, 1)))(stacked, x), jax.grad(plain, argnums=(0, 1))(stacked, x))
+    close(*(jax.jit(jax.grad(f, argnums=(0, 1)))(stacked, x) for f in (loss, plain)))
 
 
 def hidden_of(gate, up):
@@ -226,7 +224,9 @@ def test_a_block_is_its_products_one_after_another(kind, is_tight):
     close(together(*arguments, is_tight=is_tight), one_after_another(*arguments))
 
     def gradients(f, **options):
-        return jax.grad(lambda *a: jnp.sum(jnp.sin(f(*a, **options))), argnums=(0, 1, 2, 3))(*arguments)
+        return jax.jit(jax.grad(lambda *a: jnp.sum(jnp.sin(f(*a, **options))), argnums=(0, 1, 2, 3)))(
+            *arguments
+        )
 
     close(gradients(together, is_tight=is_tight), gradients(one_after_another))
 
@@ -311,7 +311,7 @@ def test_behind_a_norm_x_and_its_gradient_come_by_one_way(is_block, monkeypatch)
     assert not takes_norm(x, factors)
     monkeypatch.setattr(low_rank.norm_kernels, "obstacle", lambda *arrays, room=0: None)
     found, expected = (
-        jax.value_and_grad(functools.partial(loss, form), argnums=(0, 1, 2))(x, factors, last)
+        jax.jit(jax.value_and_grad(functools.partial(loss, form), argnums=(0, 1, 2)))(x, factors, last)
         for form in (fused, apart)
     )
     close(found, expected)
