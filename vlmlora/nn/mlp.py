@@ -58,7 +58,7 @@ class FeedForward(nnx.Module):
         self, x: Float[Array, "*batch hidden"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*batch hidden"]:
         """Apply the block; `key` drives adapter dropout."""
-        return self._apply(None, x, key)[1]
+        return self.beside(x, None, key=key)[1]
 
     def add_to(
         self, x: Float[Array, "*batch hidden"], norm: nnx.Module, *, key: PRNGKeyArray | None = None
@@ -67,17 +67,14 @@ class FeedForward(nnx.Module):
         x, y = self.beside(x, norm, key=key)
         return x + y
 
-    def beside(
-        self, x: Float[Array, "*batch hidden"], norm: nnx.Module, *, key: PRNGKeyArray | None = None
-    ) -> tuple[Float[Array, "*batch hidden"], Float[Array, "*batch hidden"]]:
-        """x for a residual connection, and ``block(norm(x))``; see `apply_to_normed`."""
-        return self._apply(norm, x, key)
-
     @abc.abstractmethod
-    def _apply(
-        self, norm: nnx.Module | None, x: jax.Array, key: PRNGKeyArray | None
-    ) -> tuple[jax.Array, jax.Array]:
-        """x, and what the block makes of its norm, or of x itself."""
+    def beside(
+        self, x: Float[Array, "*batch hidden"], norm: nnx.Module | None, *, key: PRNGKeyArray | None = None
+    ) -> tuple[Float[Array, "*batch hidden"], Float[Array, "*batch hidden"]]:
+        """x for a residual connection, and ``block(norm(x))`` or, without a norm, ``block(x)``.
+
+        See `apply_to_normed`.
+        """
 
 
 class MLP(FeedForward):
@@ -96,7 +93,8 @@ class MLP(FeedForward):
         self.fc2 = Linear(intermediate_size, hidden_size, bias=True, dtype=dtype, stack=stack)
         self.act = activation(hidden_act)
 
-    def _apply(self, norm: nnx.Module | None, x: jax.Array, key: PRNGKeyArray | None):
+    def beside(self, x: jax.Array, norm: nnx.Module | None, *, key: PRNGKeyArray | None = None):
+        """See `FeedForward.beside`."""
         x, (hidden,) = apply_to_normed(norm, x, self.fc1, key=key, before=self.fc2)
         return x, self.fc2(self.act(name_for_policies(hidden, MLP_UP)), key=key)
 
@@ -120,7 +118,8 @@ class GatedMLP(FeedForward):
         self.down_proj = Linear(intermediate_size, hidden_size, **shared)
         self.act = activation(hidden_act)
 
-    def _apply(self, norm: nnx.Module | None, x: jax.Array, key: PRNGKeyArray | None):
+    def beside(self, x: jax.Array, norm: nnx.Module | None, *, key: PRNGKeyArray | None = None):
+        """See `FeedForward.beside`."""
         is_tight = is_computed_again(MLP_GATE) and is_computed_again(MLP_UP)
 
         def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
