@@ -285,7 +285,7 @@ def check_pairs(base, pairs):
 
 @pytest.mark.parametrize("base", [True], indirect=True, ids=["tied"])
 def test_pairs_of_arguments_work_or_are_refused_whole(base):
-    check_pairs(base, PAIRS[::11])
+    check_pairs(base, PAIRS[::7])
 
 
 @pytest.mark.slow

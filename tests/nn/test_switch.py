@@ -113,6 +113,25 @@ def test_what_is_named_is_kept_once_and_not_computed_again(remat, expected):
     assert dots == 2 * 3 + computed_again
 
 
+def test_what_leaves_and_enters_the_conditional_is_computed():
+    """Not copied, which XLA would do on the streams of what goes through host memory."""
+    constants, operands = make()
+    loss = loss_of(saving(REMATS[3]))
+    found = list(equations(jax.make_jaxpr(jax.grad(loss, argnums=2))(jnp.int32(1), constants, operands)))
+    makers = {out: equation.primitive.name for equation in found for out in equation.outvars}
+    kept = {(ROWS, WIDTH // 2), (ROWS, 2 * WIDTH)}
+    leaving = [e for e in found if e.primitive.name == "name" and makers.get(e.invars[0]) == "select_n"]
+    assert kept <= {e.outvars[0].aval.shape for e in leaving}
+    entering = [
+        makers.get(variable)
+        for equation in found
+        if equation.primitive.name == "cond"
+        for variable in equation.invars
+        if variable.aval.shape in kept
+    ]
+    assert entering == ["select_n"] * len(kept)
+
+
 def test_it_runs_within_a_scan_and_under_vmap():
     constants, (x, w) = make()
     indices = jnp.array([0, 1, 1, 0])

@@ -43,9 +43,18 @@ class Trace:
         closed_over: Sequence[Value],
         arguments: Sequence[Value],
         keep: Callable[[Var, Value], Value] = lambda _, value: value,
-    ) -> list[Value]:
-        """The outputs; `keep` sees every value on the way, and says what stands for it."""
-        return evaluate(self.jaxpr, closed_over, arguments, keep)[: self.outputs.num_leaves]
+    ) -> tuple[list[Value], list[Value]]:
+        """The outputs, and a value for each of `self.saved`.
+
+        Args:
+            closed_over: what the trace closes over.
+            arguments: of the function.
+            keep: sees every value on the way, and says what stands for it.
+        """
+        results, count = evaluate(self.jaxpr, closed_over, arguments, keep), self.outputs.num_leaves
+        residuals = zip(self.jaxpr.outvars[count:], results[count:], strict=True)
+        found = {var: value for var, value in residuals if not isinstance(var, Literal)}
+        return results[:count], [found[var] for var in self.saved]
 
     def backward(
         self,

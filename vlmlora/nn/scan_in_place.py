@@ -164,7 +164,7 @@ def _forward(one_step: OneStep, places: _Places, length: int, constants, x, leav
             xs = _put(xs, _to_host(x), number)
         else:
             x = _take(xs, number)
-        x, *outputs = trace.forward(closed_over, [*constants, x, *leaves], keep)
+        (x, *outputs), _ = trace.forward(closed_over, [*constants, x, *leaves], keep)
         if leaving:
             x, values = jax.lax.optimization_barrier((x, list(leaving.values())))
             for each, copy in zip(leaving, computed(values), strict=True):

@@ -17,7 +17,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import Var
 from jaxtyping import PyTree
 
 from vlmlora.nn.residuals import Trace, Value, trace_residuals
@@ -74,16 +73,8 @@ def switch_saving(
 
         def taking(number: int) -> Callable[..., tuple[PyTree, list[jax.Array]]]:
             def take(*leaves: jax.Array) -> tuple[PyTree, list[jax.Array]]:
-                values: dict[Var, Value] = {}
-
-                def keep(var: Var, value: Value) -> Value:
-                    values[var] = value
-                    return value
-
-                trace = traces[number]
-                outputs = trace.forward(closed_over[number], leaves, keep)
-                saved = [values[var] for var in trace.saved]
-                return jax.tree.unflatten(trace.outputs, outputs), places.fill(number, saved)
+                outputs, saved = traces[number].forward(closed_over[number], leaves)
+                return jax.tree.unflatten(traces[number].outputs, outputs), places.fill(number, saved)
 
             return take
 
