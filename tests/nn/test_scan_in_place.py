@@ -61,6 +61,11 @@ def make_loss(scan, remat, frozen, *, uses=("x", "y")):
     return loss
 
 
+def scanning(**options):
+    """The scan in the form of `jax.lax.scan`."""
+    return lambda *args: scan_in_place(*args, **options)[:2]
+
+
 def keeping(*names):
     policy = jax.checkpoint_policies.save_only_these_names(*names)
     return functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)
@@ -81,7 +86,7 @@ def keeping(*names):
 )
 def test_value_outputs_and_gradients_are_those_of_a_scan(in_place, uses, argnums):
     trained, frozen, x, shared = make()
-    scan = functools.partial(scan_in_place, in_place=frozenset(in_place))
+    scan = scanning(in_place=frozenset(in_place))
     found, expected = (
         jax.jit(jax.value_and_grad(loss, argnums=argnums, has_aux=True))(trained, x, shared)
         for loss in (
@@ -99,9 +104,7 @@ def test_value_outputs_and_gradients_are_those_of_a_scan(in_place, uses, argnums
 @pytest.mark.parametrize("on_host", [("copied",), ("copied", "x"), ("x",)])
 def test_through_host_memory_and_back(in_place, on_host):
     trained, frozen, x, shared = make()
-    scan = functools.partial(
-        scan_in_place, in_place=frozenset(in_place), on_host=frozenset(on_host), name_of_x="x"
-    )
+    scan = scanning(in_place=frozenset(in_place), on_host=frozenset(on_host), name_of_x="x")
     loss = make_loss(scan, keeping(*SAVED), frozen)
     gradient = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
     plain = make_loss(jax.lax.scan, lambda body: body, frozen)
@@ -117,10 +120,42 @@ def test_through_host_memory_and_back(in_place, on_host):
     assert sorted(moved) == sorted([("host", 3), ("host", 2), ("device", 2)] * len(on_host))
 
 
+@pytest.mark.parametrize("on_host", [(), ("x",)])
+@pytest.mark.parametrize("uses", [("x", "kept"), ("kept",), ("x",)], ids=str)
+@pytest.mark.parametrize("keep", [(0,), (1, 3), (0, STEPS - 1)], ids=str)
+def test_carries_of_some_steps_are_returned_with_gradients(keep, uses, on_host):
+    trained, _, x, _ = make()
+    options = {"in_place": frozenset({"wide"}), "on_host": frozenset(on_host), "name_of_x": "x", "keep": keep}
+
+    def loss(scan, trained, x):
+        def body(x, step):
+            wide = checkpoint_name(x @ step["w"] / WIDTH, "wide")
+            return jnp.tanh(wide) + x, None
+
+        x, kept = scan(body, x, trained)
+        parts = {"x": lambda: jnp.sum(x * jnp.cos(x)), "kept": lambda: jnp.sum(jnp.sin(kept) * kept[:1])}
+        return sum(parts[name]() for name in uses), (x, kept)
+
+    def ours(body, x, steps):
+        x, _, kept = scan_in_place(keeping("wide")(body), x, steps, **options)
+        return x, kept
+
+    def plain(body, x, steps):
+        x, every = jax.lax.scan(lambda x, step: (body(x, step)[0],) * 2, x, steps)
+        return x, every[np.array(keep)]
+
+    found, expected = (
+        jax.jit(jax.value_and_grad(functools.partial(loss, scan), argnums=(0, 1), has_aux=True))(trained, x)
+        for scan in (ours, plain)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+    np.testing.assert_allclose(loss(ours, trained, x)[0], expected[0][0], rtol=1e-5)
+
+
 def test_what_leaves_is_copied_when_its_step_is_done():
     """So that the next step does not wait until it has left: the copy depends on the step's result."""
     trained, frozen, x, shared = make()
-    scan = functools.partial(scan_in_place, on_host=frozenset({"copied"}))
+    scan = scanning(on_host=frozenset({"copied"}))
     loss = make_loss(scan, keeping("copied"), frozen)
     jaxpr = jax.make_jaxpr(jax.grad(loss, has_aux=True))(trained, x, shared)
     body = next(
@@ -142,7 +177,7 @@ def test_what_leaves_is_copied_when_its_step_is_done():
 
 def test_without_a_gradient_it_is_a_scan():
     trained, frozen, x, shared = make()
-    scan = functools.partial(scan_in_place, in_place=frozenset(SAVED))
+    scan = scanning(in_place=frozenset(SAVED))
     found, _ = make_loss(scan, keeping(*SAVED), frozen)(trained, x, shared)
     expected, _ = make_loss(jax.lax.scan, lambda body: body, frozen)(trained, x, shared)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -151,7 +186,7 @@ def test_without_a_gradient_it_is_a_scan():
 def test_it_can_be_mapped_and_run_within_another_scan():
     """As over micro-batches, whose gradients are added up."""
     trained, frozen, x, shared = make()
-    scans = (functools.partial(scan_in_place, in_place=frozenset(SAVED)), keeping(*SAVED))
+    scans = (scanning(in_place=frozenset(SAVED)), keeping(*SAVED))
     losses = [make_loss(*each, frozen) for each in (scans, (jax.lax.scan, lambda body: body))]
     xs = jnp.stack([x, 2 * x, -x])
 
@@ -173,7 +208,7 @@ def test_it_can_be_mapped_and_run_within_another_scan():
 def test_saved_values_are_written_once_into_memory_that_was_not_filled():
     """Of what is saved only the stacks themselves are as large as a stack; no product runs again."""
     trained, frozen, x, shared = make()
-    scan = functools.partial(scan_in_place, in_place=frozenset(SAVED))
+    scan = scanning(in_place=frozenset(SAVED))
     loss = make_loss(scan, keeping(*SAVED), frozen)
     jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(trained, x, shared)
     of_stacks = [
@@ -200,7 +235,7 @@ def test_layers_use_it_on_one_device_for_what_can_be_kept_there(monkeypatch):
 
     def scan(body, x, steps, *, in_place, on_host, **_):
         used.append((in_place, on_host))
-        return x, None
+        return x, None, None
 
     monkeypatch.setattr(stack, "scan_in_place", scan)
 

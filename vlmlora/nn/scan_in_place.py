@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Var
 from jaxtyping import PyTree
@@ -37,7 +38,8 @@ def scan_in_place(
     on_host: Set[str] = frozenset(),
     name_of_x: str | None = None,
     named_primitives: Mapping[str, str] = MappingProxyType({}),
-) -> tuple[jax.Array, PyTree]:
+    keep: Sequence[int] = (),
+) -> tuple[jax.Array, PyTree, jax.Array | None]:
     """``jax.lax.scan(body, x, steps)`` with another backward pass, to the same effect.
 
     It is differentiated in reverse only.
@@ -53,9 +55,11 @@ def scan_in_place(
         name_of_x: of the carry, which is kept in any case.
         named_primitives: how the names of primitives begin whose results are named without being given a
             name, and what they are named.
+        keep: steps whose carry is returned too, in ascending order.
 
     Returns:
-        The last step's carry, and the steps' own outputs stacked.
+        The last step's carry, the steps' own outputs stacked, and the carries that the steps of `keep` give,
+        stacked; None for these of no steps.
     """
     leaves, steps_tree = jax.tree.flatten(steps)
     length = leaves[0].shape[0] if length is None else length
@@ -67,9 +71,9 @@ def scan_in_place(
     closed, (_, ys) = jax.make_jaxpr(flat_body, return_shape=True)(x, _of_a_step(leaves))
     one_step = partial(evaluate, closed.jaxpr)
     primitives = tuple(named_primitives.items())
-    places = _Places(frozenset(in_place), frozenset(on_host), name_of_x in on_host, primitives)
-    x, outputs = _scan(one_step, places, length, list(closed.consts), x, leaves)
-    return x, jax.tree.unflatten(jax.tree.structure(ys), outputs)
+    places = _Places(frozenset(in_place), frozenset(on_host), name_of_x in on_host, primitives, tuple(keep))
+    x, outputs, kept = _scan(one_step, places, length, list(closed.consts), x, leaves)
+    return x, jax.tree.unflatten(jax.tree.structure(ys), outputs), kept
 
 
 OneStep = Callable[[Sequence[Value], Sequence[jax.Array]], list[Value]]
@@ -78,19 +82,20 @@ OneStep = Callable[[Sequence[Value], Sequence[jax.Array]], list[Value]]
 
 @dataclass(frozen=True)
 class _Places:
-    """Where the values are kept that the backward pass takes.
+    """Where the values are kept that the backward pass takes, and which are returned.
 
     Attributes:
         in_place: names of those that are read where they are kept.
         on_host: names of those that are kept in host memory.
         x_on_host: whether every step's x is.
-        named_primitives: see `scan_in_place`.
+        named_primitives, keep: see `scan_in_place`.
     """
 
     in_place: frozenset[str]
     on_host: frozenset[str]
     x_on_host: bool
     named_primitives: tuple[tuple[str, str], ...]
+    keep: tuple[int, ...]
 
     def sends(self, trace: Trace, var: Var) -> bool:
         """Whether a saved value is kept in host memory."""
@@ -99,11 +104,13 @@ class _Places:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _scan(one_step: OneStep, places: _Places, length: int, constants, x, leaves):
-    def body(number: jax.Array, x: jax.Array, leaves: Sequence[jax.Array]) -> tuple[jax.Array, list[Value]]:
+    def body(number: jax.Array, carry: Any, leaves: Sequence[jax.Array]) -> tuple[Any, list[Value]]:
+        x, kept = carry
         x, *outputs = one_step(constants, [x, *leaves])
-        return x, outputs
+        return (x, _keep(kept, x, number, places.keep)), outputs
 
-    return _loop(body, x, leaves, length)
+    (x, kept), outputs = _loop(body, (x, _room_for_kept(x, places.keep)), leaves, length)
+    return x, outputs, _cut(kept, places.keep)
 
 
 @partial(
@@ -138,13 +145,14 @@ def _forward(one_step: OneStep, places: _Places, length: int, constants, x, leav
     trace, closed_over = _trace(one_step, places, is_moving, constants, x, leaves)
     numbers = {var: number for number, var in enumerate(trace.saved)}
     stacks = [_empty(length, var.aval, numbers[var], on_host=places.sends(trace, var)) for var in trace.saved]
+    kept = None
     if places.x_on_host:
-        xs = _empty(length, x, len(stacks), on_host=True)
+        xs, kept = _empty(length, x, len(stacks), on_host=True), _room_for_kept(x, places.keep)
     else:
         xs, x = _put(jax.lax.empty((length + 1, *x.shape), x.dtype), x, 0), None
 
     def body(number: jax.Array, carry: Any, leaves: Sequence[jax.Array]) -> Any:
-        x, xs, stacks = carry
+        x, kept, xs, stacks = carry
         stacks, leaving = list(stacks), {}
 
         def keep(var: Var, value: Value) -> Value:
@@ -170,20 +178,24 @@ def _forward(one_step: OneStep, places: _Places, length: int, constants, x, leav
             for each, copy in zip(leaving, computed(values), strict=True):
                 stacks[each] = _put(stacks[each], _to_host(copy), number)
         if places.x_on_host:
-            return (x, xs, stacks), outputs
-        return (None, _put(xs, x, number + 1), stacks), outputs
+            return (x, _keep(kept, x, number, places.keep), xs, stacks), outputs
+        return (None, None, _put(xs, x, number + 1), stacks), outputs
 
-    (x, xs, stacks), outputs = _loop(body, (x, xs, stacks), leaves, length)
+    (x, kept, xs, stacks), outputs = _loop(body, (x, kept, xs, stacks), leaves, length)
     residuals = _Residuals(constants, leaves, xs, stacks, closed_over, trace)
-    return (x if places.x_on_host else xs[-1], outputs), residuals
+    if places.x_on_host:
+        return (x, outputs, _cut(kept, places.keep)), residuals
+    return (xs[-1], outputs, xs[1 + np.array(places.keep)] if places.keep else None), residuals
 
 
 def _backward(one_step: OneStep, places: _Places, length: int, residuals: _Residuals, cotangents):
     del one_step
     trace, constants = residuals.trace, residuals.constants
-    dx, d_outputs = cotangents
+    dx, d_outputs, d_kept = cotangents
     if isinstance(dx, SymbolicZero):
         dx = jnp.zeros(dx.shape, dx.dtype)
+    if isinstance(d_kept, SymbolicZero):
+        d_kept = None
     # The first output is x.
     given = {number + 1: d for number, d in enumerate(d_outputs) if not isinstance(d, SymbolicZero)}
     of_constants = [argument for argument in trace.moving if argument < len(constants)]
@@ -191,6 +203,9 @@ def _backward(one_step: OneStep, places: _Places, length: int, residuals: _Resid
 
     def body(number: jax.Array, carry: Any, slices: Any) -> Any:
         (dx, sums), (leaves, given) = carry, slices
+        if d_kept is not None:
+            place, is_kept = _place_of_kept(number, places.keep)
+            dx += jnp.where(is_kept, _take(d_kept, place), 0)
         x = _take(residuals.xs, number)
         x = _to_device(x) if places.x_on_host else x
         saved = [_take(stack, number) for stack in residuals.stacks]
@@ -266,6 +281,26 @@ def _loop(
     stacks = jax.tree.map(lambda y: jax.lax.empty((length, *y.shape), y.dtype), outputs)
     start = jnp.int32(0), carry, stacks
     return jax.lax.while_loop(lambda state: state[0] < length, and_put, start)[1:]
+
+
+def _room_for_kept(x: jax.Array, keep: Sequence[int]) -> jax.Array | None:
+    """Where `_keep` puts what is kept; after the last there is one place more, for what is not."""
+    return jax.lax.empty((len(keep) + 1, *x.shape), x.dtype) if keep else None
+
+
+def _keep(kept: jax.Array | None, x: jax.Array, number: jax.Array, keep: Sequence[int]) -> jax.Array | None:
+    """`kept` with the x that a step gives in the place of the next kept one, which overwrites it."""
+    return None if kept is None else _put(kept, x, _place_of_kept(number, keep)[0])
+
+
+def _cut(kept: jax.Array | None, keep: Sequence[int]) -> jax.Array | None:
+    return None if kept is None else kept[: len(keep)]
+
+
+def _place_of_kept(number: jax.Array, keep: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+    """Number of kept steps before one, and whether it is one itself."""
+    steps = jnp.asarray(keep, jnp.int32)
+    return jnp.sum(steps < number, dtype=jnp.int32), jnp.any(steps == number)
 
 
 def _of_a_step(leaves: Sequence[jax.Array]) -> list[jax.ShapeDtypeStruct]:

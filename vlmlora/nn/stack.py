@@ -120,13 +120,18 @@ def scan_layers(
     is_in_place = _can_run_in_place(remat, [layers]) and (_keeps_more(remat) or count < layers.stack)
     body, steps = _body_and_steps(layers, call, per_layer, key, count, cuts_weights=not is_in_place)
     if is_in_place:
-        return _scan_in_place(body, x, steps, count, remat)
+        return _scan_in_place(body, x, steps, count, remat)[:2]
     return jax.lax.scan(body if remat is None else remat(body), x, steps)
 
 
 def _scan_in_place(
-    body: Callable, x: jax.Array, steps: PyTree, length: int, remat: Checkpoint | None
-) -> tuple[jax.Array, PyTree]:
+    body: Callable,
+    x: jax.Array,
+    steps: PyTree,
+    length: int,
+    remat: Checkpoint | None,
+    keep: Sequence[int] = (),
+) -> tuple[jax.Array, PyTree, jax.Array | None]:
     kept = Checkpoint() if remat is None else remat
     return scan_in_place(
         body if remat is None else remat.for_scan_in_place(body),
@@ -137,6 +142,7 @@ def _scan_in_place(
         on_host=kept.on_host,
         name_of_x=LAYER_INPUT,
         named_primitives=_NAMED_PRIMITIVES,
+        keep=keep,
     )
 
 
@@ -236,9 +242,12 @@ def scan_layers_and_keep(
     """
     remat = _with_what_leaves(layers, x, call, None, layers.stack, key, remat)
     body, steps = _body_and_steps(layers, call, None, key, layers.stack)
-    body = body if remat is None else remat(body)
     keep = [range(layers.stack)[layer] for layer in keep]
     wanted = sorted(set(keep))
+    if keep and _keeps_more(remat) and _can_run_in_place(remat, [layers]):
+        x, _, kept = _scan_in_place(body, x, steps, layers.stack, remat, wanted)
+        return x, kept[np.searchsorted(wanted, keep)]
+    body = body if remat is None else remat(body)
     # A layer's place is that of the next wanted one, which overwrites it; after the last there is one more.
     places = np.searchsorted(wanted, np.arange(layers.stack)).astype(np.int32)
     kept = jnp.zeros((places[-1] + 1, *x.shape), x.dtype)
@@ -316,7 +325,7 @@ def scan_mixed_layers(
 
     steps = (jnp.asarray(kinds * len(kinds) + places), receivers, keys)
     if _keeps_more(remat) and _can_run_in_place(remat, stacks):
-        return _scan_in_place(body, x, steps, len(kinds), remat)
+        return _scan_in_place(body, x, steps, len(kinds), remat)[:2]
     return jax.lax.scan(body if remat is None else remat(body), x, steps)
 
 
