@@ -15,7 +15,7 @@ from vlmlora_kernels.nf4 import (
     matmul_4bit,
     quantize_4bit,
 )
-from vlmlora_kernels.norm import rms_norm, rms_norm_gradient
+from vlmlora_kernels.norm import layer_norm, layer_norm_gradient, rms_norm, rms_norm_gradient
 
 __all__ = [
     "CODE_BOOKS",
@@ -30,6 +30,8 @@ __all__ = [
     "double_quantize",
     "elementwise_in_place",
     "explain",
+    "layer_norm",
+    "layer_norm_gradient",
     "low_rank_gradients",
     "matmul_4bit",
     "matmul_int8",

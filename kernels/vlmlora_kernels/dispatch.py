@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from vlmlora_kernels.hopper.in_place import BLOCK, PRIMITIVES
 from vlmlora_kernels.hopper.low_rank_gradients import MAX_RANK
-from vlmlora_kernels.hopper.rms_norm import MAX_FEATURES, MAX_ROOM, MULTIPLE
+from vlmlora_kernels.hopper.norm import MAX_FEATURES, MAX_ROOM, MULTIPLE
 from vlmlora_kernels.hopper.tuning import FUSED_TOKENS, is_overlapped_fastest, most_fused_tokens
 
 FUSED, OVERLAPPED, DECODE, XLA = "fused", "overlapped", "decode", "xla"
@@ -187,7 +187,7 @@ def obstacle_to_low_rank_gradients(
     return _obstacle_to_elementwise(arrays, primitives, "matrices") or _obstacle_on_device()
 
 
-def obstacle_to_rms_norm(arrays: Sequence[Any], room: int) -> str | None:
+def obstacle_to_norm(arrays: Sequence[Any], room: int) -> str | None:
     """Why no kernel normalises rows, or computes the gradient of that, here; None: one does.
 
     Args:

@@ -1,4 +1,4 @@
-"""RMSNorm and its gradient.
+"""RMSNorm, LayerNorm and their gradients.
 
 Each is a program of its own: a layer's kernels are traced and lowered once, however often they are called.
 """
@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vlmlora_kernels.dispatch import obstacle_to_rms_norm
-from vlmlora_kernels.hopper import rms_norm as hopper
+from vlmlora_kernels.dispatch import obstacle_to_norm
+from vlmlora_kernels.hopper import norm as hopper
 from vlmlora_kernels.lowering import on_cuda, one_by_one
 
 
@@ -110,6 +110,103 @@ def _rms_norm_gradient(x, weight, dy, residual, *, eps):
     return on_cuda(one_by_one(kernel), in_xla, x, weight.astype(x.dtype), dy, residual)
 
 
+def layer_norm(
+    x: Float[Array, "tokens features"],
+    weight: Float[Array, "features"],
+    bias: Float[Array, "features"],
+    *,
+    eps: float,
+    room: int = 0,
+) -> Float[Array, "tokens width"]:
+    """Normalisation to mean 0 and variance 1 (https://arxiv.org/abs/1607.06450), with room to its right.
+
+    ``(x - mean(x)) / sqrt(variance(x) + eps) * weight + bias`` is computed in float32 and rounded once. The
+    room is that of `rms_norm`.
+
+    Args:
+        x: 16-bit.
+        weight, bias: one for each feature, cast to the type of `x`.
+        eps: added to the variance.
+        room: columns of zeros to the right of the features.
+
+    Returns:
+        The normalised rows, ``features + room`` wide, in the type of `x`.
+
+    Raises:
+        ValueError: no kernel takes this here; `obstacle` says so beforehand.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from vlmlora_kernels.norm import obstacle
+        >>> obstacle(jnp.ones((2, 128), jnp.bfloat16), room=264)
+        'the kernel takes a room of 256 columns at most, and this has 264'
+    """
+    if reason := obstacle(x, room=room):
+        raise ValueError(f"layer_norm cannot run this: {reason}")
+    return _layer_norm(x, weight, bias, eps=eps, room=room)
+
+
+@functools.partial(jax.jit, static_argnames=("eps", "room"))
+def _layer_norm(x, weight, bias, *, eps, room):
+    def kernel(*arrays: jax.Array) -> jax.Array:
+        return hopper.layer_norm(*arrays, eps=eps, room=room)
+
+    def in_xla(*arrays: jax.Array) -> jax.Array:
+        x, weight, bias = (array.astype(jnp.float32) for array in arrays)
+        x = _centred(x)
+        y = x * _rstd(x, eps) * weight + bias
+        return jnp.pad(y.astype(arrays[0].dtype), ((0, 0), (0, room)))
+
+    return on_cuda(one_by_one(kernel), in_xla, x, weight.astype(x.dtype), bias.astype(x.dtype))
+
+
+def layer_norm_gradient(
+    x: Float[Array, "tokens features"],
+    weight: Float[Array, "features"],
+    dy: Float[Array, "tokens width"],
+    residual: Float[Array, "tokens features"],
+    *,
+    eps: float,
+) -> Float[Array, "tokens features"]:
+    """The gradient of what `layer_norm` normalises, added to the one that arrives beside the norm.
+
+    Args:
+        x, weight, dy, residual, eps: see `rms_norm_gradient`.
+
+    Returns:
+        The gradient of `x`, in its type.
+
+    Raises:
+        ValueError: no kernel takes this here; `obstacle` says so beforehand.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from vlmlora_kernels.norm import obstacle
+        >>> x = jnp.ones((2, 256), jnp.float32)
+        >>> obstacle(x, x, x)[:47]
+        'the kernel takes 16-bit matrices of one type an'
+    """
+    if reason := obstacle(x, dy, residual):
+        raise ValueError(f"layer_norm_gradient cannot run this: {reason}")
+    return _layer_norm_gradient(x, weight, dy, residual, eps=eps)
+
+
+@functools.partial(jax.jit, static_argnames="eps")
+def _layer_norm_gradient(x, weight, dy, residual, *, eps):
+    def kernel(*arrays: jax.Array) -> jax.Array:
+        return hopper.layer_norm_gradient(*arrays, eps=eps)
+
+    def in_xla(*arrays: jax.Array) -> jax.Array:
+        x, weight, dy, residual = (array.astype(jnp.float32) for array in arrays)
+        x, g = _centred(x), _centred(dy[:, : x.shape[1]] * weight)
+        rstd = _rstd(x, eps)
+        xhat = x * rstd
+        dx = residual + rstd * (g - xhat * jnp.mean(g * xhat, axis=1, keepdims=True))
+        return dx.astype(arrays[0].dtype)
+
+    return on_cuda(one_by_one(kernel), in_xla, x, weight.astype(x.dtype), dy, residual)
+
+
 def obstacle(
     x: Float[Array, "tokens features"], *gradients: Float[Array, "tokens _"], room: int = 0
 ) -> str | None:
@@ -117,10 +214,14 @@ def obstacle(
 
     Args:
         x: what is normalised.
-        gradients: for `rms_norm_gradient`, its `dy` and `residual`.
-        room: as for `rms_norm`.
+        gradients: for the norm's gradient, its `dy` and `residual`.
+        room: as for the norm.
     """
-    return obstacle_to_rms_norm([jax.typeof(array) for array in (x, *gradients)], room)
+    return obstacle_to_norm([jax.typeof(array) for array in (x, *gradients)], room)
+
+
+def _centred(x: jax.Array) -> jax.Array:
+    return x - jnp.mean(x, axis=1, keepdims=True)
 
 
 def _rstd(x: jax.Array, eps: float) -> jax.Array:

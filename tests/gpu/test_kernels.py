@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.kernels import test_rms_norm as norm
+from tests.kernels import test_norm as norm
 from tests.kernels.test_low_rank_gradients import GATED, check, problem
 from vlmlora_kernels import (
     CODE_BOOKS,
@@ -347,6 +347,7 @@ def test_gradients_between_low_rank_products(tokens, features, room, ranks, is_i
     check(step(*arguments), arguments, GATED)
 
 
+@pytest.mark.parametrize("kind", norm.KINDS)
 @pytest.mark.parametrize(
     ("tokens", "features", "room", "dtype"),
     [
@@ -361,13 +362,13 @@ def test_gradients_between_low_rank_products(tokens, features, room, ranks, is_i
         (1, 128, 8, jnp.bfloat16),
     ],
 )
-def test_rms_norm_and_its_gradient(tokens, features, room, dtype):
+def test_norms_and_their_gradients(kind, tokens, features, room, dtype):
     seed = int.from_bytes(os.urandom(4), "little") // 2
     print("seed", seed)
     arguments = norm.problem(tokens, features, room, dtype, seed=seed)
-    step = jax.jit(norm.public)
+    step = jax.jit(functools.partial(norm.public, kind))
     found = step(*arguments)
-    norm.check(found, arguments)
+    norm.check(kind, found, arguments)
     for _ in range(20):
         for array, again in zip(found, step(*arguments), strict=True):
             np.testing.assert_array_equal(array.view(jnp.uint16), again.view(jnp.uint16))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.kernels.test_hopper import H100
 from vlmlora.nn import low_rank
 from vlmlora.nn.low_rank import Factors, Norm, low_rank_block, low_rank_products, room_for, takes_norm
-from vlmlora.nn.norm import RMSNorm
+from vlmlora.nn.norm import LayerNorm, RMSNorm
 from vlmlora.quantization.stacks import stack_weights
 from vlmlora.quantization.weights import DenseWeight, INT8Weight, NF4Weight
 from vlmlora_kernels.hopper import low_rank_gradients as hopper
@@ -277,14 +277,16 @@ def test_a_block_is_one_pass_on_an_h100(is_tight):
     assert text.count("output_operand_alias<") == (2 if is_tight else 0)
 
 
-@pytest.mark.parametrize("is_block", [False, True])
-def test_behind_a_norm_x_and_its_gradient_come_by_one_way(is_block, monkeypatch):
+@pytest.mark.parametrize(("is_block", "kind"), [(False, RMSNorm), (True, RMSNorm), (False, LayerNorm)])
+def test_behind_a_norm_x_and_its_gradient_come_by_one_way(is_block, kind, monkeypatch):
     """As on a GPU, with the kernels' form in XLA."""
     x, weights, factors = problem(128, [24, 24], [3, 5], "nf4")
     _, (down,), (last,) = problem(24, [16], [3], "nf4", seed=1)
-    scale = jnp.linspace(0.5, 2, 128)
-    norm = RMSNorm(128, eps=0.1, dtype=x.dtype)
+    scale, shift = jnp.linspace(0.5, 2, 128), jnp.linspace(-1, 3, 128)
+    norm = kind(128, eps=0.1, dtype=x.dtype)
     norm.weight.set_value(scale)
+    if kind is LayerNorm:
+        norm.bias.set_value(shift)
     room = room_for(24, [3, 5])
 
     def hidden(gate, up):
@@ -302,7 +304,7 @@ def test_behind_a_norm_x_and_its_gradient_come_by_one_way(is_block, monkeypatch)
 
     def fused(x, factors, last):
         assert takes_norm(x, factors)
-        return run(Norm(scale, 0.1), x, factors, last)
+        return run(Norm(scale, shift if kind is LayerNorm else None, 0.1), x, factors, last)
 
     def apart(x, factors, last):
         ys = run(None, norm(x), factors, last)

@@ -16,7 +16,7 @@ from vlmlora.nn.low_rank import (
     room_for,
     takes_norm,
 )
-from vlmlora.nn.norm import RMSNorm
+from vlmlora.nn.norm import LayerNorm, RMSNorm
 from vlmlora.nn.saved import name_for_policies
 from vlmlora.nn.trained import TRAINED
 from vlmlora.nn.variables import Frozen, abstract_array, parameter
@@ -178,9 +178,14 @@ def apply_through(
 
 def _fused_norm(norm: nnx.Module | None, x: jax.Array, factors: Sequence[Factors | None]) -> Norm | None:
     """The norm as low-rank products take it, where kernels compute it beside all of them."""
-    is_fixed = isinstance(norm, RMSNorm) and isinstance(norm.weight, Frozen)
-    if is_fixed and factors and all(factors) and takes_norm(x, factors):
-        return Norm(norm.weight.get_value(), norm.eps)
+    if not (factors and all(factors) and takes_norm(x, factors)):
+        return None
+    if isinstance(norm, RMSNorm) and isinstance(norm.weight, Frozen):
+        return Norm(norm.weight.get_value(), None, norm.eps)
+    if isinstance(norm, LayerNorm) and isinstance(norm.weight, Frozen) and isinstance(norm.bias, Frozen):
+        weight, bias = norm.weight.get_value(), norm.bias.get_value()
+        # The kernel takes them in x's type, to which the layer rounds its result alone.
+        return Norm(weight, bias, norm.eps) if weight.dtype == bias.dtype == x.dtype else None
     return None
 
 

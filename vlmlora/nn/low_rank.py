@@ -58,14 +58,16 @@ class Factors(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """A root-mean-square norm that is not trained.
+    """A norm that is not trained.
 
     Attributes:
         weight: one for each feature.
-        eps: added to the mean square.
+        bias: likewise, of a layer norm; None for a root-mean-square norm.
+        eps: added to the variance or mean square.
     """
 
     weight: Float[Array, " features"]
+    bias: Float[Array, " features"] | None
     eps: float
 
 
@@ -112,7 +114,7 @@ def low_rank_products(
     """
     if norm is not None:
         operands, static = (tuple(weights), tuple(factors)), (room, 0, None, False)
-        x, products = _normed(_PRODUCTS, x, norm.weight, operands, norm.eps, _room_of(factors), static)
+        x, products = _normed(_PRODUCTS, x, norm, operands, _room_of(factors), static)
         return x, *products
     xs = (x,) if function is None else tuple(x)
     room_of_x = xs[0].shape[-1] - factors[0].a.shape[1]
@@ -213,7 +215,7 @@ def low_rank_block(
     operands = tuple(weights), tuple(factors), tuple(biases), last_weight, last_factors
     static = room, room_of_x, function, tuple(map(naming, names)), is_tight
     if norm is not None:
-        return _normed(_BLOCK, x, norm.weight, operands, norm.eps, _room_of(factors), static)
+        return _normed(_BLOCK, x, norm, operands, _room_of(factors), static)
     return x, _block((x,), *operands, *static)
 
 
@@ -305,27 +307,36 @@ _block.defvjp(_block_fwd, _block_bwd)
 _BLOCK = _block_fwd, _block_bwd
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4, 5, 6))
-def _normed(rules, x, weight, operands, eps, room, static):
-    return _normed_fwd(rules, x, weight, operands, eps, room, static)[0]
+def _normed(rules, x, norm, operands, room, static):
+    return _normed_by(rules, x, norm.weight, norm.bias, operands, norm.eps, room, static)
 
 
-def _normed_fwd(rules, x, weight, operands, eps, room, static):
-    wide = norm_kernels.rms_norm(_as_matrices(x), weight, eps=eps, room=room)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5, 6, 7))
+def _normed_by(rules, x, weight, bias, operands, eps, room, static):
+    return _normed_by_fwd(rules, x, weight, bias, operands, eps, room, static)[0]
+
+
+def _normed_by_fwd(rules, x, weight, bias, operands, eps, room, static):
+    matrix, options = _as_matrices(x), {"eps": eps, "room": room}
+    if bias is None:
+        wide = norm_kernels.rms_norm(matrix, weight, **options)
+    else:
+        wide = norm_kernels.layer_norm(matrix, weight, bias, **options)
     results, residuals = rules[0]((wide.reshape(*x.shape[:-1], -1),), *operands, *static)
-    return (x, results), (x, weight, residuals)
+    return (x, results), (x, weight, bias, residuals)
 
 
-def _normed_bwd(rules, eps, room, static, residuals, cotangents):
-    x, weight, residuals = residuals
+def _normed_by_bwd(rules, eps, room, static, residuals, cotangents):
+    x, weight, bias, residuals = residuals
     beside, cotangents = cotangents
     (dy,), *d_operands = rules[1](*static, residuals, cotangents)
-    matrices = _as_matrices((x, dy, beside))
-    dx = norm_kernels.rms_norm_gradient(matrices[0], weight, *matrices[1:], eps=eps)
-    return dx.reshape(x.shape), None, tuple(d_operands)
+    matrix, *gradients = _as_matrices((x, dy, beside))
+    gradient = norm_kernels.rms_norm_gradient if bias is None else norm_kernels.layer_norm_gradient
+    dx = gradient(matrix, weight, *gradients, eps=eps)
+    return dx.reshape(x.shape), None, None, tuple(d_operands)
 
 
-_normed.defvjp(_normed_fwd, _normed_bwd)
+_normed_by.defvjp(_normed_by_fwd, _normed_by_bwd)
 
 
 def _room_of(factors: Sequence[Factors]) -> int:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from transformers import MllamaVisionConfig
 
 from vlmlora.nn.attention import attention, hide_keys
-from vlmlora.nn.linear import Embedding, Linear, apply_to_same
+from vlmlora.nn.linear import Embedding, Linear, apply_to_normed
 from vlmlora.nn.mlp import MLP
 from vlmlora.nn.norm import LayerNorm
 from vlmlora.nn.stack import Remat, add_attended, scan_layers_and_keep
@@ -99,20 +99,21 @@ class VisionAttention(nnx.Module):
         self.v_proj = Linear(config.hidden_size, config.hidden_size, **shared)
         self.o_proj = Linear(config.hidden_size, config.hidden_size, **shared)
 
-    def __call__(
+    def beside(
         self,
         x: Float[Array, "images patches hidden"],
+        norm: nnx.Module,
         is_padding: Bool[Array, "images patches"],
         *,
         key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "images patches hidden"]:
-        """Patches see each other, except that padding does not see padding (transformers' mask)."""
+    ) -> tuple[Float[Array, "images patches hidden"], Float[Array, "images patches hidden"]]:
+        """x, and what ``norm(x)`` attends to: all patches, padding not to padding (transformers' mask)."""
         heads = (*x.shape[:2], -1, self.head_dim)
-        projected = apply_to_same(x, self.q_proj, self.k_proj, self.v_proj, key=key)
+        x, projected = apply_to_normed(norm, x, self.q_proj, self.k_proj, self.v_proj, key=key)
         query, keys, values = (each.reshape(heads) for each in projected)
         query, keys, values = hide_keys(query, keys, values, is_padding, is_padding)
         out = attention(query, keys, values, scale=self.head_dim**-0.5)
-        return self.o_proj(out[..., : self.head_dim].reshape(x.shape), key=key)
+        return x, self.o_proj(out[..., : self.head_dim].reshape(x.shape), key=key)
 
 
 class VisionEncoderLayer(nnx.Module):
@@ -134,9 +135,9 @@ class VisionEncoderLayer(nnx.Module):
         self, x: jax.Array, is_padding: jax.Array, *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "images patches hidden"]:
         """Attention and MLP, each with a residual connection."""
-        attended = self.self_attn(self.input_layernorm(x), is_padding, key=key)
+        x, attended = self.self_attn.beside(x, self.input_layernorm, is_padding, key=key)
         x = add_attended(x, gated(self.gate_attn, attended) if self.is_gated else attended)
-        hidden = self.mlp(self.post_attention_layernorm(x), key=key)
+        x, hidden = self.mlp.beside(x, self.post_attention_layernorm, key=key)
         return x + (gated(self.gate_ffn, hidden) if self.is_gated else hidden)
 
 

@@ -1,4 +1,4 @@
-"""RMSNorm and its gradient, each in one pass over the device's memory.
+"""RMSNorm, LayerNorm and their gradients, each in one pass over the device's memory.
 
 What a row is multiplied by is known when the whole row has been read. So a block of threads, which is one
 warpgroup, holds a row in its registers from the sums over it to the result:
@@ -6,7 +6,8 @@ warpgroup, holds a row in its registers from the sums over it to the result:
     y = x * rstd * weight                                 rstd = 1 / sqrt(mean(x * x) + eps)
     dx = residual + rstd * (g - xhat * mean(g * xhat))    g = dy * weight, xhat = x * rstd
 
-It takes `ROWS` rows one after another; while it waits for one, other blocks of its multiprocessor compute.
+LayerNorm has x - mean(x) for x and, in the gradient, g - mean(g) for g, and adds a bias. A block takes `ROWS`
+rows one after another; while it waits for one, other blocks of its multiprocessor compute.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,7 +43,7 @@ def rms_norm(
         weight = weight[...]
         return lambda x: (x * _rstd(x, eps)).astype(weight.dtype) * weight
 
-    return _row_by_row(of_weight, [x], weight, room, "rms_norm", interpret)
+    return _row_by_row(of_weight, [x], [weight], room, "rms_norm", interpret)
 
 
 def rms_norm_gradient(
@@ -65,7 +66,57 @@ def rms_norm_gradient(
 
         return of_row
 
-    return _row_by_row(of_weight, [x, dy, residual], weight, 0, "rms_norm_gradient", interpret)
+    return _row_by_row(of_weight, [x, dy, residual], [weight], 0, "rms_norm_gradient", interpret)
+
+
+def layer_norm(
+    x: Float[Array, "tokens features"],
+    weight: Float[Array, "features"],
+    bias: Float[Array, "features"],
+    *,
+    eps: float,
+    room: int = 0,
+    interpret: Any = None,
+) -> Float[Array, "tokens width"]:
+    """`vlmlora_kernels.norm.layer_norm` of what `obstacle` lets pass; see `rms_norm`."""
+
+    def of_parameters(weight: Any, bias: Any) -> Callable[[jax.Array], jax.Array]:
+        weight, bias = weight[...], bias[...]
+
+        def of_row(x: jax.Array) -> jax.Array:
+            x = _centred(x)
+            return x * _rstd(x, eps) * weight.astype(jnp.float32) + bias.astype(jnp.float32)
+
+        return of_row
+
+    return _row_by_row(of_parameters, [x], [weight, bias], room, "layer_norm", interpret)
+
+
+def layer_norm_gradient(
+    x: Float[Array, "tokens features"],
+    weight: Float[Array, "features"],
+    dy: Float[Array, "tokens width"],
+    residual: Float[Array, "tokens features"],
+    *,
+    eps: float,
+    interpret: Any = None,
+) -> Float[Array, "tokens features"]:
+    """`vlmlora_kernels.norm.layer_norm_gradient` of what `obstacle` lets pass; see `rms_norm`."""
+
+    def of_weight(weight: Any) -> Callable[..., jax.Array]:
+        def of_row(x: jax.Array, dy: jax.Array, residual: jax.Array) -> jax.Array:
+            x, g = _centred(x), _centred(dy * weight[...].astype(jnp.float32))
+            rstd = _rstd(x, eps)
+            mean = jnp.sum(g * x) * (rstd * rstd * (1 / len(x)))
+            return residual + rstd * (g - x * mean)
+
+        return of_row
+
+    return _row_by_row(of_weight, [x, dy, residual], [weight], 0, "layer_norm_gradient", interpret)
+
+
+def _centred(x: jax.Array) -> jax.Array:
+    return x - jnp.sum(x) * (1 / len(x))
 
 
 def _rstd(x: jax.Array, eps: float) -> jax.Array:
@@ -73,27 +124,28 @@ def _rstd(x: jax.Array, eps: float) -> jax.Array:
 
 
 def _row_by_row(
-    of_weight: Callable[[Any], Callable[..., jax.Array]],
+    of_parameters: Callable[..., Callable[..., jax.Array]],
     arrays: Sequence[jax.Array],
-    weight: jax.Array,
+    parameters: Sequence[jax.Array],
     room: int,
     name: str,
     interpret: Any,
 ) -> jax.Array:
-    """``of_weight(weight)(*rows)`` of rows in float32, as wide as the weight (a reference), and room."""
-    (tokens, features), dtype = arrays[0].shape, weight.dtype
+    """``of_parameters(*parameters)(*rows)`` of references and of rows in float32, as wide, and room."""
+    (tokens, features), dtype, count = arrays[0].shape, arrays[0].dtype, len(arrays)
     own = pl.ds(0, features)
 
     def body(*refs: Any) -> None:
-        *inputs, weight, out = refs[: len(arrays) + 2]
+        inputs, refs = refs[:count], refs[count:]
+        given, (out, *scratch) = refs[: len(parameters)], refs[len(parameters) :]
         first = lax.axis_index("block") * ROWS
-        for zeros in refs[len(arrays) + 2 :]:
+        for zeros in scratch:
             layout = plgpu.Layout.WG_STRIDED(zeros.shape, vec_size=1)
             zeros[...] = plgpu.layout_cast(jnp.zeros(zeros.shape, dtype), layout)
             plgpu.commit_smem()
             # That writes nothing beyond the last row.
             plgpu.copy_smem_to_gmem(zeros.at[:ROWS], out.at[pl.ds(first, ROWS), pl.ds(features, room)])
-        of_row = of_weight(weight)
+        of_row = of_parameters(*given)
 
         def one(row: Any, _: None) -> None:
             found = of_row(*(array[row, own].astype(jnp.float32) for array in inputs))
@@ -116,4 +168,4 @@ def _row_by_row(
         kernel_name=name,
         interpret=interpret,
     )
-    return varying_like(kernel(*arrays, weight), [*arrays, weight])
+    return varying_like(kernel(*arrays, *parameters), [*arrays, *parameters])

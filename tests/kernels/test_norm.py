@@ -1,4 +1,4 @@
-"""RMSNorm and its gradient in one pass: the kernels in the interpreter, and when they are taken."""
+"""Norms and their gradients in one pass: the kernels in the interpreter, and when they are taken."""
 
 import functools
 
@@ -10,13 +10,14 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from tests.kernels.test_hopper import H100
-from vlmlora.nn.norm import RMSNorm
-from vlmlora_kernels import rms_norm, rms_norm_gradient
-from vlmlora_kernels.hopper import rms_norm as hopper
-from vlmlora_kernels.hopper.rms_norm import MAX_FEATURES, MAX_ROOM, MULTIPLE, ROWS
+from vlmlora.nn.norm import LayerNorm, RMSNorm
+from vlmlora_kernels import layer_norm, layer_norm_gradient, rms_norm, rms_norm_gradient
+from vlmlora_kernels.hopper import norm as hopper
+from vlmlora_kernels.hopper.norm import MAX_FEATURES, MAX_ROOM, MULTIPLE, ROWS
 from vlmlora_kernels.norm import obstacle
 
 EPS = 1e-2  # so large that it matters
+KINDS = ["rms_norm", "layer_norm"]
 
 
 def problem(tokens, features, room, dtype=jnp.bfloat16, seed=0):
@@ -29,31 +30,48 @@ def problem(tokens, features, room, dtype=jnp.bfloat16, seed=0):
     return x * jnp.linspace(0.01, 3, tokens, dtype=dtype)[:, None], weight, dy, residual
 
 
-def both(x, weight, dy, residual, **more):
+def bias_of(weight):
+    """The layer norm's bias in these tests."""
+    return weight[::-1]
+
+
+def both(kind, x, weight, dy, residual, **more):
+    options = {"eps": EPS, "room": dy.shape[1] - x.shape[1], **more}
+    if kind == "rms_norm":
+        y = hopper.rms_norm(x, weight, **options)
+        return y, hopper.rms_norm_gradient(x, weight, dy, residual, eps=EPS, **more)
+    y = hopper.layer_norm(x, weight, bias_of(weight), **options)
+    return y, hopper.layer_norm_gradient(x, weight, dy, residual, eps=EPS, **more)
+
+
+def public(kind, x, weight, dy, residual):
     room = dy.shape[1] - x.shape[1]
-    y = hopper.rms_norm(x, weight, eps=EPS, room=room, **more)
-    return y, hopper.rms_norm_gradient(x, weight, dy, residual, eps=EPS, **more)
+    if kind == "rms_norm":
+        y = rms_norm(x, weight, eps=EPS, room=room)
+        return y, rms_norm_gradient(x, weight, dy, residual, eps=EPS)
+    y = layer_norm(x, weight, bias_of(weight), eps=EPS, room=room)
+    return y, layer_norm_gradient(x, weight, dy, residual, eps=EPS)
 
 
-def public(x, weight, dy, residual):
-    room = dy.shape[1] - x.shape[1]
-    y = rms_norm(x, weight, eps=EPS, room=room)
-    return y, rms_norm_gradient(x, weight, dy, residual, eps=EPS)
-
-
-def check(found, arguments):
+def check(kind, found, arguments):
     """Compare with the formulas in float64."""
     (y, dx), half = found, float(jnp.finfo(found[0].dtype).eps) / 2
     assert y.dtype == dx.dtype == arguments[0].dtype
     assert y.shape == arguments[2].shape
     features = len(arguments[1])
     np.testing.assert_array_equal(y[:, features:].astype(jnp.float32), 0)
+    bias = np.asarray(bias_of(arguments[1]), np.float64) if kind == "layer_norm" else 0
     x, weight, dy, residual = (np.asarray(array, np.float64) for array in arguments)
+    g = dy[:, :features] * weight
+    if kind == "layer_norm":
+        x, g = (array - np.mean(array, axis=1, keepdims=True) for array in (x, g))
     rstd = 1 / np.sqrt(np.mean(x * x, axis=1, keepdims=True) + EPS)
-    # The result is rounded before it is multiplied by the weight and after that.
+    xhat = x * rstd
+    # RMSNorm's result is rounded before it is multiplied by the weight and after that, LayerNorm's once, and
+    # there float32's own rounding counts where x and its mean, or the product and the bias, cancel.
     y = np.asarray(y[:, :features], np.float64)
-    np.testing.assert_allclose(y, x * rstd * weight, rtol=2.01 * half, atol=1e-6)
-    g, xhat = dy[:, :features] * weight, x * rstd
+    roundings, atol = (2.01, 1e-6) if kind == "rms_norm" else (1.01, 4e-6)
+    np.testing.assert_allclose(y, xhat * weight + bias, rtol=roundings * half, atol=atol)
     expected = residual + rstd * (g - xhat * np.mean(g * xhat, axis=1, keepdims=True))
     # Rounded once; a sum in float32 of terms that may cancel.
     atol = 1e-6 * np.abs(expected).max()
@@ -61,52 +79,60 @@ def check(found, arguments):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "features", "room", "dtype"),
+    ("kind", "tokens", "features", "room", "dtype"),
     [
-        (1, MULTIPLE, 0, jnp.bfloat16),
-        (3 * ROWS + 1, 10 * MULTIPLE, 64, jnp.bfloat16),
-        (2 * ROWS, 4 * MULTIPLE, 136, jnp.float16),
-        (ROWS - 1, 3 * MULTIPLE, MAX_ROOM, jnp.bfloat16),
-        (ROWS + 2, 2 * MULTIPLE, 8, jnp.float16),
+        ("rms_norm", 1, MULTIPLE, 0, jnp.bfloat16),
+        ("rms_norm", 3 * ROWS + 1, 10 * MULTIPLE, 64, jnp.bfloat16),
+        ("rms_norm", 2 * ROWS, 4 * MULTIPLE, 136, jnp.float16),
+        ("rms_norm", ROWS - 1, 3 * MULTIPLE, MAX_ROOM, jnp.bfloat16),
+        ("rms_norm", ROWS + 2, 2 * MULTIPLE, 8, jnp.float16),
+        ("layer_norm", 1, MULTIPLE, 0, jnp.bfloat16),
+        ("layer_norm", ROWS + 1, 10 * MULTIPLE, 64, jnp.bfloat16),
+        ("layer_norm", ROWS - 1, 3 * MULTIPLE, MAX_ROOM, jnp.float16),
     ],
 )
-def test_the_kernels_compute_in_float32(tokens, features, room, dtype):
+def test_the_kernels_compute_in_float32(kind, tokens, features, room, dtype):
     arguments = problem(tokens, features, room, dtype)
-    check(both(*arguments, interpret=plgpu.InterpretGPUParams()), arguments)
+    check(kind, both(kind, *arguments, interpret=plgpu.InterpretGPUParams()), arguments)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("tokens", "features", "room"),
     [(1000, 3584, 64), (77, MAX_FEATURES, MAX_ROOM), (2, 384, 8), (1, 1280, 0)],
 )
-def test_they_lower_for_an_h100(tokens, features, room):
+def test_they_lower_for_an_h100(kind, tokens, features, room):
     shapes = jax.eval_shape(lambda: problem(tokens, features, room))
+    step = jax.jit(functools.partial(public, kind))
     with jax.sharding.use_abstract_mesh(H100):
-        text = jax.jit(public).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
-    assert "rms_norm_mosaic_gpu" in text
-    assert "rms_norm_gradient_mosaic_gpu" in text
+        text = step.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    assert f"{kind}_mosaic_gpu" in text
+    assert f"{kind}_gradient_mosaic_gpu" in text
 
 
-@pytest.mark.parametrize("check_vma", [False, True])
-def test_they_lower_for_each_device_of_a_mesh(check_vma):
+@pytest.mark.parametrize(("kind", "check_vma"), [(KINDS[0], False), (KINDS[0], True), (KINDS[1], True)])
+def test_they_lower_for_each_device_of_a_mesh(kind, check_vma):
     mesh = AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,), abstract_device=H100.abstract_device)
     rows = PartitionSpec("data")
     specs = {"in_specs": (rows, PartitionSpec(), rows, rows), "out_specs": (rows, rows)}
-    sharded = jax.shard_map(public, mesh=mesh, check_vma=check_vma, **specs)
+    sharded = jax.shard_map(functools.partial(public, kind), mesh=mesh, check_vma=check_vma, **specs)
     shapes = jax.eval_shape(lambda: problem(64, 512, 64))
     with jax.sharding.use_abstract_mesh(mesh):
         text = jax.jit(sharded).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
-    assert "rms_norm_gradient_mosaic_gpu" in text
+    assert f"{kind}_gradient_mosaic_gpu" in text
 
 
-def test_on_another_platform_xla_computes_it():
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_another_platform_xla_computes_it(kind):
     arguments = problem(24, 512, 8)
     with jax.sharding.use_abstract_mesh(H100):
-        traced = jax.jit(public).trace(*arguments)
+        traced = jax.jit(functools.partial(public, kind)).trace(*arguments)
     found = traced.lower(lowering_platforms=("cpu",)).compile()(*arguments)
-    check(found, arguments)
-    norm = RMSNorm(512, eps=EPS, dtype=jnp.bfloat16)
+    check(kind, found, arguments)
+    norm = (RMSNorm if kind == "rms_norm" else LayerNorm)(512, eps=EPS, dtype=jnp.bfloat16)
     norm.weight.set_value(arguments[1])
+    if kind == "layer_norm":
+        norm.bias.set_value(bias_of(arguments[1]))
     np.testing.assert_array_equal(found[0][:, :512], jax.jit(norm)(arguments[0]))
 
 
@@ -124,6 +150,8 @@ def test_it_says_why_it_cannot_run():
     for step in (
         functools.partial(rms_norm, x, weight),
         functools.partial(rms_norm_gradient, x, weight, dy, residual),
+        functools.partial(layer_norm, x, weight, weight),
+        functools.partial(layer_norm_gradient, x, weight, dy, residual),
     ):
         with pytest.raises(ValueError, match="cannot run this: the kernels are for Hopper GPUs"):
             step(eps=EPS)
