@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.jaxprs import equations
 from tests.kernels.test_hopper import H100
 from vlmlora.nn import low_rank
 from vlmlora.nn.low_rank import Factors, Norm, low_rank_block, low_rank_products, room_for, takes_norm
@@ -217,10 +218,17 @@ def block_problem(kind, features, ranks, dtype=jnp.float32, tokens=(2, 5)):
     return together, one_after_another, (x, factors, biases, last)
 
 
-@pytest.mark.parametrize("is_tight", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_block_is_its_products_one_after_another(kind, is_tight):
-    together, one_after_another, arguments = block_problem(kind, 20, [3, 2, 5])
+FULL = [26, 26, 5]
+"""Ranks of a block with which 12 features fill whole lines of 64."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_tight", "ranks"),
+    [*((kind, is_tight, [3, 2, 5]) for kind in KINDS for is_tight in (False, True)), ("nf4", False, FULL)],
+    ids=str,
+)
+def test_a_block_is_its_products_one_after_another(kind, is_tight, ranks):
+    together, one_after_another, arguments = block_problem(kind, 20, ranks)
     close(together(*arguments, is_tight=is_tight), one_after_another(*arguments))
 
     def gradients(f, **options):
@@ -229,6 +237,17 @@ def test_a_block_is_its_products_one_after_another(kind, is_tight):
         )
 
     close(gradients(together, is_tight=is_tight), gradients(one_after_another))
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [([3, 2, 5], 0), (FULL, 1)])
+def test_a_bias_is_part_of_the_product_where_there_is_room(ranks, expected):
+    together, _, arguments = block_problem("dense", 20, ranks)
+    added = [
+        equation.outvars[0].aval.shape[-1:]
+        for equation in equations(jax.make_jaxpr(together)(*arguments))
+        if equation.primitive.name == "add"
+    ]
+    assert added.count((20 + room_for(20, ranks),)) == expected
 
 
 @pytest.mark.parametrize("is_tight", [False, True])

@@ -126,23 +126,31 @@ def _products(xs, weights, factors, room, room_of_x, function, is_tight):
     return _products_fwd(xs, weights, factors, room, room_of_x, function, is_tight)[0]
 
 
-def _products_fwd(xs, weights, factors, room, room_of_x, function, is_tight):
-    def forward(weights, xs, factors):
+def _products_fwd(xs, weights, factors, room, room_of_x, function, is_tight, biases=None):
+    def forward(weights, xs, others):
+        factors, biases = others
+        biases = [None] * len(factors) if biases is None else biases
         features = factors[0].a.shape[1]
         x = xs[0] if function is None else function(*xs)
         a = jnp.concatenate([each.a for each in factors]).T
         name = LOW_RANK if function is None else MLP_LOW_RANK
-        wide, low_rank = _augment(x.reshape(-1, x.shape[-1]), a, name)
+        ranks = a.shape[1]
+        # A bias of its own would keep the product from being written where a scan keeps the result.
+        has_ones = any(bias is not None for bias in biases) and room_for(features, [ranks]) > ranks
+        wide, low_rank = _augment(x.reshape(-1, x.shape[-1]), a, name, has_ones=has_ones)
         width = wide.shape[1] - features
         products = []
-        for weight, each, start in zip(weights, factors, _starts(factors), strict=True):
+        for weight, each, bias, start in zip(weights, factors, biases, _starts(factors), strict=True):
             right = jnp.pad(each.b, ((0, 0), (start, width - start - each.b.shape[1])))
             below = jnp.zeros((room, wide.shape[1]), x.dtype)
-            products.append(_contract(wide, weight.framed(right, below), (1, 1)))
+            if has_ones and bias is not None:
+                right = right.at[:, ranks].set(bias.astype(right.dtype))
+            y = _contract(wide, weight.framed(right, below), (1, 1))
+            products.append(y if has_ones else add_bias(y, bias))
         saved = (wide,) if function is None else ()
         return tuple(y.reshape(*x.shape[:-1], y.shape[1]) for y in (*products, low_rank, *saved)), ()
 
-    results, _ = with_whole_weights(forward, weights, xs, factors)
+    results, _ = with_whole_weights(forward, weights, xs, (factors, biases))
     products, (low_rank, *saved) = results[: len(weights)], results[len(weights) :]
     return tuple(products), (saved if function is None else xs, low_rank, weights, factors)
 
@@ -227,9 +235,8 @@ def _block(xs, weights, factors, biases, last_weight, last_factors, *static):
 def _block_fwd(
     xs, weights, factors, biases, last_weight, last_factors, room, room_of_x, function, give_names, is_tight
 ):
-    ys, of_first = _products_fwd(xs, weights, factors, room, room_of_x, None, False)
-    layers = zip(ys, biases, give_names, strict=True)
-    ys = tuple(give_name(add_bias(y, bias)) for y, bias, give_name in layers)
+    ys, of_first = _products_fwd(xs, weights, factors, room, room_of_x, None, False, biases)
+    ys = tuple(give_name(y) for y, give_name in zip(ys, give_names, strict=True))
     (result,), of_last = _products_fwd(ys, (last_weight,), (last_factors,), 0, room, function, is_tight)
     return result, (of_first, biases, of_last)
 
@@ -474,7 +481,11 @@ def _as_factors(da: Float[Array, "ranks _"], dbs: Sequence[Float[Array, "_ _"]])
 
 
 def _augment(
-    x: Float[Array, "tokens in_and_room"], right: Float[Array, "in r"], name: str | None = None
+    x: Float[Array, "tokens in_and_room"],
+    right: Float[Array, "in r"],
+    name: str | None = None,
+    *,
+    has_ones: bool = False,
 ) -> tuple[Float[Array, "tokens wide"], Float[Array, "tokens r"]]:
     """``[x, x @ right]`` and zeros up to a multiple of `_ALIGNMENT`, in place where x has room; the product.
 
@@ -482,6 +493,7 @@ def _augment(
         x: with room or without.
         right: the product's other side.
         name: by which policies of `jax.checkpoint` know the product.
+        has_ones: the first of the zeros is a one, for which there is room.
     """
     features, r = right.shape
     room = room_for(features, [r])
@@ -491,7 +503,8 @@ def _augment(
     product = wide @ jnp.pad(right, ((0, wide.shape[1] - features), (0, 0)))
     if name is not None:
         product = name_for_policies(product, name)
-    return _fill(wide, product, features), product
+    ones = [jnp.ones_like(product[:, :1])] if has_ones else []
+    return _fill(wide, jnp.concatenate([product, *ones], axis=1), features), product
 
 
 def _fill(
