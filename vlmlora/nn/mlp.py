@@ -23,8 +23,8 @@ MLP_GATE = "mlp_gate"
 def gelu(x: jax.Array) -> jax.Array:
     """Exact GELU, as ``torch.nn.GELU()``: ``x`` times the normal distribution's integral up to there.
 
-    From the error function, as there, in float32 or x's own type if that is wider; `jax.nn.gelu` takes the
-    complementary one, which on a GPU takes three times as long.
+    From the error function, as there, in float32 or x's own type if that is wider. `jax.nn.gelu` takes the
+    complementary one, with which a GPU needs twice the time.
     """
     wide = _widened(x)
     return (wide * _normal_cdf(wide)).astype(x.dtype)
