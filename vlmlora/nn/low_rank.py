@@ -9,7 +9,8 @@ are put beside it there, and a single product does both, forward and backward:
 Layers that read the same x share the left-hand side, so that their A products are one; unless their results
 are wide, their dy stand side by side too, above each other's W and A. For ``x A.T`` to find its place, x is
 written with room to the right. Where that costs a pass over x, as between the products of a feed-forward
-block, the product before can leave the room: columns of zeros.
+block, the product before can leave the room: columns of zeros. A feed-forward block's biases stand beside B,
+against a column of ones, if the room has one to spare.
 
 Between the wide projections of a feed-forward block and its last one stands a function, whose backward pass
 and all low-rank products around it are one pass over the wide arrays where a kernel can.
