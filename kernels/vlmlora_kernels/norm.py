@@ -42,20 +42,7 @@ def rms_norm(
     """
     if reason := obstacle(x, room=room):
         raise ValueError(f"rms_norm cannot run this: {reason}")
-    return _rms_norm(x, weight, eps=eps, room=room)
-
-
-@functools.partial(jax.jit, static_argnames=("eps", "room"))
-def _rms_norm(x, weight, *, eps, room):
-    def kernel(x: jax.Array, weight: jax.Array) -> jax.Array:
-        return hopper.rms_norm(x, weight, eps=eps, room=room)
-
-    def in_xla(x: jax.Array, weight: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        y = (y * _rstd(y, eps)).astype(x.dtype) * weight
-        return jnp.pad(y, ((0, 0), (0, room)))
-
-    return on_cuda(one_by_one(kernel), in_xla, x, weight.astype(x.dtype))
+    return _norm(x, weight, None, eps=eps, room=room)
 
 
 def rms_norm_gradient(
@@ -92,22 +79,7 @@ def rms_norm_gradient(
     """
     if reason := obstacle(x, dy, residual):
         raise ValueError(f"rms_norm_gradient cannot run this: {reason}")
-    return _rms_norm_gradient(x, weight, dy, residual, eps=eps)
-
-
-@functools.partial(jax.jit, static_argnames="eps")
-def _rms_norm_gradient(x, weight, dy, residual, *, eps):
-    def kernel(*arrays: jax.Array) -> jax.Array:
-        return hopper.rms_norm_gradient(*arrays, eps=eps)
-
-    def in_xla(*arrays: jax.Array) -> jax.Array:
-        x, weight, dy, residual = (array.astype(jnp.float32) for array in arrays)
-        rstd = _rstd(x, eps)
-        g, xhat = dy[:, : x.shape[1]] * weight, x * rstd
-        dx = residual + rstd * (g - xhat * jnp.mean(g * xhat, axis=1, keepdims=True))
-        return dx.astype(arrays[0].dtype)
-
-    return on_cuda(one_by_one(kernel), in_xla, x, weight.astype(x.dtype), dy, residual)
+    return _norm_gradient(x, weight, dy, residual, is_centred=False, eps=eps)
 
 
 def layer_norm(
@@ -143,21 +115,7 @@ def layer_norm(
     """
     if reason := obstacle(x, room=room):
         raise ValueError(f"layer_norm cannot run this: {reason}")
-    return _layer_norm(x, weight, bias, eps=eps, room=room)
-
-
-@functools.partial(jax.jit, static_argnames=("eps", "room"))
-def _layer_norm(x, weight, bias, *, eps, room):
-    def kernel(*arrays: jax.Array) -> jax.Array:
-        return hopper.layer_norm(*arrays, eps=eps, room=room)
-
-    def in_xla(*arrays: jax.Array) -> jax.Array:
-        x, weight, bias = (array.astype(jnp.float32) for array in arrays)
-        x = _centred(x)
-        y = x * _rstd(x, eps) * weight + bias
-        return jnp.pad(y.astype(arrays[0].dtype), ((0, 0), (0, room)))
-
-    return on_cuda(one_by_one(kernel), in_xla, x, weight.astype(x.dtype), bias.astype(x.dtype))
+    return _norm(x, weight, bias, eps=eps, room=room)
 
 
 def layer_norm_gradient(
@@ -188,23 +146,7 @@ def layer_norm_gradient(
     """
     if reason := obstacle(x, dy, residual):
         raise ValueError(f"layer_norm_gradient cannot run this: {reason}")
-    return _layer_norm_gradient(x, weight, dy, residual, eps=eps)
-
-
-@functools.partial(jax.jit, static_argnames="eps")
-def _layer_norm_gradient(x, weight, dy, residual, *, eps):
-    def kernel(*arrays: jax.Array) -> jax.Array:
-        return hopper.layer_norm_gradient(*arrays, eps=eps)
-
-    def in_xla(*arrays: jax.Array) -> jax.Array:
-        x, weight, dy, residual = (array.astype(jnp.float32) for array in arrays)
-        x, g = _centred(x), _centred(dy[:, : x.shape[1]] * weight)
-        rstd = _rstd(x, eps)
-        xhat = x * rstd
-        dx = residual + rstd * (g - xhat * jnp.mean(g * xhat, axis=1, keepdims=True))
-        return dx.astype(arrays[0].dtype)
-
-    return on_cuda(one_by_one(kernel), in_xla, x, weight.astype(x.dtype), dy, residual)
+    return _norm_gradient(x, weight, dy, residual, is_centred=True, eps=eps)
 
 
 def obstacle(
@@ -218,6 +160,41 @@ def obstacle(
         room: as for the norm.
     """
     return obstacle_to_norm([jax.typeof(array) for array in (x, *gradients)], room)
+
+
+@functools.partial(jax.jit, static_argnames=("eps", "room"))
+def _norm(x, weight, bias, *, eps, room):
+    def kernel(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+        return hopper.norm(x, weight, bias, eps=eps, room=room)
+
+    def in_xla(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+        y = x.astype(jnp.float32)
+        if bias is None:
+            y = (y * _rstd(y, eps)).astype(x.dtype) * weight
+        else:
+            y = _centred(y)
+            y = y * _rstd(y, eps) * weight.astype(jnp.float32) + bias.astype(jnp.float32)
+        return jnp.pad(y.astype(x.dtype), ((0, 0), (0, room)))
+
+    bias = None if bias is None else bias.astype(x.dtype)
+    return on_cuda(one_by_one(kernel), in_xla, x, weight.astype(x.dtype), bias)
+
+
+@functools.partial(jax.jit, static_argnames=("is_centred", "eps"))
+def _norm_gradient(x, weight, dy, residual, *, is_centred, eps):
+    def kernel(*arrays: jax.Array) -> jax.Array:
+        return hopper.norm_gradient(*arrays, is_centred=is_centred, eps=eps)
+
+    def in_xla(*arrays: jax.Array) -> jax.Array:
+        x, weight, dy, residual = (array.astype(jnp.float32) for array in arrays)
+        g = dy[:, : x.shape[1]] * weight
+        x, g = (_centred(x), _centred(g)) if is_centred else (x, g)
+        rstd = _rstd(x, eps)
+        xhat = x * rstd
+        dx = residual + rstd * (g - xhat * jnp.mean(g * xhat, axis=1, keepdims=True))
+        return dx.astype(arrays[0].dtype)
+
+    return on_cuda(one_by_one(kernel), in_xla, x, weight.astype(x.dtype), dy, residual)
 
 
 def _centred(x: jax.Array) -> jax.Array:

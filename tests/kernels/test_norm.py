@@ -36,12 +36,9 @@ def bias_of(weight):
 
 
 def both(kind, x, weight, dy, residual, **more):
-    options = {"eps": EPS, "room": dy.shape[1] - x.shape[1], **more}
-    if kind == "rms_norm":
-        y = hopper.rms_norm(x, weight, **options)
-        return y, hopper.rms_norm_gradient(x, weight, dy, residual, eps=EPS, **more)
-    y = hopper.layer_norm(x, weight, bias_of(weight), **options)
-    return y, hopper.layer_norm_gradient(x, weight, dy, residual, eps=EPS, **more)
+    is_centred, room = kind == "layer_norm", dy.shape[1] - x.shape[1]
+    y = hopper.norm(x, weight, bias_of(weight) if is_centred else None, eps=EPS, room=room, **more)
+    return y, hopper.norm_gradient(x, weight, dy, residual, is_centred=is_centred, eps=EPS, **more)
 
 
 def public(kind, x, weight, dy, residual):

@@ -29,58 +29,27 @@ MAX_ROOM = 256  # columns of zeros, which one copy writes; they come by 8
 _ROWS_OF_ZEROS = 16  # in shared memory: of 8 columns, an element for each thread
 
 
-def rms_norm(
+def norm(
     x: Float[Array, "tokens features"],
     weight: Float[Array, "features"],
+    bias: Float[Array, "features"] | None,
     *,
     eps: float,
     room: int = 0,
     interpret: Any = None,
 ) -> Float[Array, "tokens width"]:
-    """`vlmlora_kernels.norm.rms_norm` of what `obstacle` lets pass, on a Hopper GPU or interpreted."""
+    """`rms_norm` or, with a bias, `layer_norm` of `vlmlora_kernels.norm`, on a Hopper GPU or interpreted.
+
+    Args:
+        x, weight, bias, eps, room: as there, what `obstacle` lets pass.
+        interpret: how Pallas interprets the kernel where there is no such GPU.
+    """
 
     def of_weight(weight: Any) -> Callable[[jax.Array], jax.Array]:
         weight = weight[...]
         return lambda x: (x * _rstd(x, eps)).astype(weight.dtype) * weight
 
-    return _row_by_row(of_weight, [x], [weight], room, "rms_norm", interpret)
-
-
-def rms_norm_gradient(
-    x: Float[Array, "tokens features"],
-    weight: Float[Array, "features"],
-    dy: Float[Array, "tokens width"],
-    residual: Float[Array, "tokens features"],
-    *,
-    eps: float,
-    interpret: Any = None,
-) -> Float[Array, "tokens features"]:
-    """`vlmlora_kernels.norm.rms_norm_gradient` of what `obstacle` lets pass; see `rms_norm`."""
-
-    def of_weight(weight: Any) -> Callable[..., jax.Array]:
-        def of_row(x: jax.Array, dy: jax.Array, residual: jax.Array) -> jax.Array:
-            # The weight is read again for each row: registers hold enough without it.
-            g, rstd = dy * weight[...].astype(jnp.float32), _rstd(x, eps)
-            mean = jnp.sum(g * x) * (rstd * rstd * (1 / len(x)))
-            return residual + rstd * (g - x * mean)
-
-        return of_row
-
-    return _row_by_row(of_weight, [x, dy, residual], [weight], 0, "rms_norm_gradient", interpret)
-
-
-def layer_norm(
-    x: Float[Array, "tokens features"],
-    weight: Float[Array, "features"],
-    bias: Float[Array, "features"],
-    *,
-    eps: float,
-    room: int = 0,
-    interpret: Any = None,
-) -> Float[Array, "tokens width"]:
-    """`vlmlora_kernels.norm.layer_norm` of what `obstacle` lets pass; see `rms_norm`."""
-
-    def of_parameters(weight: Any, bias: Any) -> Callable[[jax.Array], jax.Array]:
+    def of_both(weight: Any, bias: Any) -> Callable[[jax.Array], jax.Array]:
         weight, bias = weight[...], bias[...]
 
         def of_row(x: jax.Array) -> jax.Array:
@@ -89,30 +58,36 @@ def layer_norm(
 
         return of_row
 
-    return _row_by_row(of_parameters, [x], [weight, bias], room, "layer_norm", interpret)
+    if bias is None:
+        return _row_by_row(of_weight, [x], [weight], room, "rms_norm", interpret)
+    return _row_by_row(of_both, [x], [weight, bias], room, "layer_norm", interpret)
 
 
-def layer_norm_gradient(
+def norm_gradient(
     x: Float[Array, "tokens features"],
     weight: Float[Array, "features"],
     dy: Float[Array, "tokens width"],
     residual: Float[Array, "tokens features"],
     *,
+    is_centred: bool,
     eps: float,
     interpret: Any = None,
 ) -> Float[Array, "tokens features"]:
-    """`vlmlora_kernels.norm.layer_norm_gradient` of what `obstacle` lets pass; see `rms_norm`."""
+    """`rms_norm_gradient` or, of rows that are centred first, `layer_norm_gradient`; see `norm`."""
 
     def of_weight(weight: Any) -> Callable[..., jax.Array]:
         def of_row(x: jax.Array, dy: jax.Array, residual: jax.Array) -> jax.Array:
-            x, g = _centred(x), _centred(dy * weight[...].astype(jnp.float32))
+            # The weight is read again for each row: registers hold enough without it.
+            g = dy * weight[...].astype(jnp.float32)
+            x, g = (_centred(x), _centred(g)) if is_centred else (x, g)
             rstd = _rstd(x, eps)
             mean = jnp.sum(g * x) * (rstd * rstd * (1 / len(x)))
             return residual + rstd * (g - x * mean)
 
         return of_row
 
-    return _row_by_row(of_weight, [x, dy, residual], [weight], 0, "layer_norm_gradient", interpret)
+    name = "layer_norm_gradient" if is_centred else "rms_norm_gradient"
+    return _row_by_row(of_weight, [x, dy, residual], [weight], 0, name, interpret)
 
 
 def _centred(x: jax.Array) -> jax.Array:
