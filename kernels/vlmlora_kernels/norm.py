@@ -173,7 +173,8 @@ def _norm(x, weight, bias, *, eps, room):
             y = (y * _rstd(y, eps)).astype(x.dtype) * weight
         else:
             y = _centred(y)
-            y = y * _rstd(y, eps) * weight.astype(jnp.float32) + bias.astype(jnp.float32)
+            y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=1, keepdims=True) + eps)
+            y = y * weight.astype(jnp.float32) + bias.astype(jnp.float32)
         return jnp.pad(y.astype(x.dtype), ((0, 0), (0, room)))
 
     bias = None if bias is None else bias.astype(x.dtype)
