@@ -130,7 +130,9 @@ def test_on_another_platform_xla_computes_it(kind):
     norm.weight.set_value(arguments[1])
     if kind == "layer_norm":
         norm.bias.set_value(bias_of(arguments[1]))
-    np.testing.assert_array_equal(found[0][:, :512], jax.jit(norm)(arguments[0]))
+    found, expected = (np.asarray(y, np.float32) for y in (found[0][:, :512], jax.jit(norm)(arguments[0])))
+    # Whether XLA rounds between a product and the bias is its own affair: a unit in bfloat16's last place.
+    np.testing.assert_allclose(found, expected, rtol=2**-7 if kind == "layer_norm" else 0)
 
 
 def test_it_says_why_it_cannot_run():
