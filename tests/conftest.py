@@ -1,8 +1,12 @@
 """Shape and type annotations of the library are checked at every call that the tests make."""
 
+import gc
 import os
 
 from jaxtyping import install_import_hook
+
+# Imports and traces make millions of objects that stay, which a collection looks through to free next to none.
+gc.set_threshold(100_000, 50, 100)
 
 # A program is compiled as one piece: the tests' are tiny, and the other core has a worker of its own.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_parallel_codegen_split_count=1"
@@ -12,6 +16,12 @@ install_import_hook(["vlmlora", "vlmlora_kernels"], "beartype.beartype")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+
+def pytest_collection_finish(session):
+    """What is imported by now stays to the end: no collection looks at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

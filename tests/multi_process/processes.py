@@ -28,7 +28,8 @@ def start(module, count, *arguments, environment=lambda index: {}):
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
         "JAX_PLATFORMS": "cpu",
         # They run little of what they compile.
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "XLA_FLAGS": "--xla_cpu_parallel_codegen_split_count=1",
     }
     processes = [
         subprocess.Popen(
