@@ -30,13 +30,13 @@ KINDS = {
 
 
 def problem(features, outs, ranks, kind, tokens=(2, 5), seed=0):
-    keys = iter(jax.random.split(jax.random.key(seed), 3 * len(outs) + 1))
+    rng = np.random.default_rng(seed)
 
     def matrix(rows, columns):
         # Products stay near 1: sines of large numbers would magnify their rounding.
-        return jax.random.normal(next(keys), (rows, columns)) / columns**0.5
+        return jnp.asarray(rng.normal(size=(rows, columns)) / columns**0.5, jnp.float32)
 
-    x = jax.random.normal(next(keys), (*tokens, features))
+    x = jnp.asarray(rng.normal(size=(*tokens, features)), jnp.float32)
     weights = [KINDS[kind](matrix(out, features)) for out in outs]
     factors = [Factors(matrix(r, features), matrix(out, r)) for out, r in zip(outs, ranks, strict=True)]
     return x, weights, factors
@@ -49,7 +49,8 @@ def apart(x, weights, factors):
 def close(found, expected):
     def compare(a, b):
         # float32 sums of tens of numbers in another order.
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=3e-5 * max(1, float(jnp.max(jnp.abs(b)))))
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=3e-5 * max(1, np.abs(b).max()))
 
     jax.tree.map(compare, found, expected)
 

@@ -120,9 +120,16 @@ def test_through_host_memory_and_back(in_place, on_host):
     assert sorted(moved) == sorted([("host", 3), ("host", 2), ("device", 2)] * len(on_host))
 
 
-@pytest.mark.parametrize("on_host", [(), ("x",)])
-@pytest.mark.parametrize("uses", [("x", "kept"), ("kept",), ("x",)], ids=str)
-@pytest.mark.parametrize("keep", [(0,), (1, 3), (0, STEPS - 1)], ids=str)
+@pytest.mark.parametrize(
+    ("keep", "uses", "on_host"),
+    [
+        ((0,), ("kept",), ()),
+        ((1, 3), ("x", "kept"), ("x",)),
+        ((0, STEPS - 1), ("x", "kept"), ()),
+        ((0, STEPS - 1), ("x",), ("x",)),
+    ],
+    ids=str,
+)
 def test_carries_of_some_steps_are_returned_with_gradients(keep, uses, on_host):
     trained, _, x, _ = make()
     options = {"in_place": frozenset({"wide"}), "on_host": frozenset(on_host), "name_of_x": "x", "keep": keep}
