@@ -12,8 +12,8 @@ gc.set_threshold(100_000, 50, 100)
 # A program is compiled as one piece: the tests' are tiny, and the other core has a worker of its own.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_parallel_codegen_split_count=1"
 
-# Compiled programs are kept for the other worker, for processes that tests start, and for the next run: nearly
-# half of the time goes into compiling. `python -m pytest --cache-clear` drops them.
+# Compiled programs are kept for the other worker, for processes that tests start, and for the next run, since
+# nearly half of the time goes into compiling. `python -m pytest --cache-clear` drops them.
 for name, value in {
     "JAX_COMPILATION_CACHE_DIR": str(Path(__file__).parents[1] / ".pytest_cache" / "d" / "xla"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
