@@ -47,7 +47,7 @@ def _quick_compilation():
     """On a CPU, programs are compiled without the passes that make code fast and change no result.
 
     Shapes are tiny and compilation is what the tests wait for. The notebooks and the demo run in processes of
-    their own, which compile as a user's do; so do the tests on a GPU.
+    their own, which compile with all passes, as a user's do; so do the tests on a GPU.
     """
     if jax.default_backend() == "cpu":
         jax.config.update("jax_disable_most_optimizations", True)

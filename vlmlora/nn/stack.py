@@ -244,9 +244,9 @@ def scan_layers_and_keep(
     body, steps = _body_and_steps(layers, call, None, key, layers.stack)
     keep = [range(layers.stack)[layer] for layer in keep]
     wanted = sorted(set(keep))
-    if keep and _keeps_more(remat) and _can_run_in_place(remat, [layers]):
+    if _keeps_more(remat) and _can_run_in_place(remat, [layers]):
         x, _, kept = _scan_in_place(body, x, steps, layers.stack, remat, wanted)
-        return x, kept[np.searchsorted(wanted, keep)]
+        return x, jnp.zeros((0, *x.shape), x.dtype) if kept is None else kept[np.searchsorted(wanted, keep)]
     body = body if remat is None else remat(body)
     # A layer's place is that of the next wanted one, which overwrites it; after the last there is one more.
     places = np.searchsorted(wanted, np.arange(layers.stack)).astype(np.int32)
