@@ -12,6 +12,7 @@ from vlmlora_kernels.nf4 import (
     dequantize_4bit,
     double_dequantize,
     double_quantize,
+    in_lines,
     matmul_4bit,
     quantize_4bit,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "double_quantize",
     "elementwise_in_place",
     "explain",
+    "in_lines",
     "layer_norm",
     "layer_norm_gradient",
     "low_rank_gradients",

@@ -99,6 +99,8 @@ _SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 class NestedAbsmax(NamedTuple):
     """Doubly quantised scales: ``code[codes] * absmax[block // 256] + offset``.
 
+    To decode, the arrays may be filled up to whole lines of memory, see `in_lines`.
+
     Attributes:
         codes: one index into `code` for each block of the weight.
         absmax: one scale for each 256 codes.
@@ -113,6 +115,34 @@ class NestedAbsmax(NamedTuple):
 
 
 Absmax = Float[Array, " blocks"] | NestedAbsmax
+
+LINE = 256
+"""Bytes of a line: XLA hands a kernel on a GPU its part of a stack without a copy if it begins at one."""
+
+
+def in_lines(absmax: Absmax) -> Absmax:
+    """Scales of stacked matrices, with those of each filled up to whole lines.
+
+    What fills them up is not read: the functions of this module take one matrix's part of them as it is.
+
+    Args:
+        absmax: scales with a leading axis over the matrices.
+    """
+
+    def fill(leaf: jax.Array) -> jax.Array:
+        rows = leaf.reshape(leaf.shape[0], -1)
+        return jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % (LINE // rows.dtype.itemsize))))
+
+    return jax.tree.map(fill, absmax)
+
+
+def _cut(absmax: Absmax, blocks: int) -> Absmax:
+    """The scales without what fills up lines."""
+    if not isinstance(absmax, NestedAbsmax):
+        return absmax[:blocks]
+    nested_blocks = -(-blocks // NESTED_BLOCKSIZE)
+    offset = absmax.offset if absmax.offset.ndim == 0 else absmax.offset[0]
+    return NestedAbsmax(absmax.codes[:blocks], absmax.absmax[:nested_blocks], absmax.code, offset)
 
 
 def quantize_4bit(
@@ -287,10 +317,11 @@ def _absmax(scales: Sequence[jax.Array]) -> Absmax:
 
 
 def _dequantize_in_xla(codes, absmax, shape, dtype, quant_type, blocksize):
+    size = math.prod(shape)
+    blocks = -(-size // blocksize)
+    absmax = _cut(absmax, blocks)
     if isinstance(absmax, NestedAbsmax):
         absmax = double_dequantize(absmax)
-    size = math.prod(shape)
-    blocks = absmax.size
     # One table row a byte: faster than sixteen entries a nibble on a CPU, as fast on a GPU.
     padded = jnp.pad(codes, (0, blocks * blocksize // 2 - codes.size))
     values = jnp.asarray(_BYTE_TABLES[quant_type]).at[padded].get(mode="promise_in_bounds")
@@ -445,7 +476,9 @@ def _check_fit(codes, absmax, shape, blocksize):
     size = math.prod(shape)
     blocks = -(-size // blocksize)
     scales = absmax.codes if isinstance(absmax, NestedAbsmax) else absmax
-    if codes.shape != (-(-size // 2),) or scales.shape != (blocks,):
+    in_a_line = LINE // scales.dtype.itemsize
+    filled_up = -(-blocks // in_a_line) * in_a_line
+    if codes.shape != (-(-size // 2),) or scales.shape not in ((blocks,), (filled_up,)):
         raise ValueError(
             f"a 4-bit matrix of shape {shape} needs codes [{-(-size // 2)}] and absmax [{blocks}] "
             f"(blocksize {blocksize}); found {list(codes.shape)} and {list(scales.shape)}"

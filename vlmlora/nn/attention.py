@@ -2,18 +2,20 @@
 
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from vlmlora.nn.cudnn_attention import cut_as, packed_attention, reason_against
 from vlmlora.nn.saved import name_for_policies
 from vlmlora.nn.segments import Segments
+from vlmlora.nn.switch import switch_saving
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +89,48 @@ def attention(
     output = (jax.checkpoint(attend) if _AS_FUSED.get() else attend)(query, key, value)
     # A policy knows the fused kernel by its primitive; a name would have its output saved twice.
     return output if is_fused else checkpoint_name(output, ATTENTION_OUTPUT)
+
+
+def attention_by_flag(
+    flag: Bool[Array, ""],
+    where_set: Callable[..., jax.Array],
+    where_not: Callable[..., jax.Array],
+    query: Float[Array, "batch q_tokens heads head_dim"],
+    key: Float[Array, "batch kv_tokens kv_heads head_dim"],
+    value: Float[Array, "batch kv_tokens kv_heads head_dim"],
+    *others: PyTree,
+) -> Float[Array, "batch q_tokens heads head_dim"]:
+    """``where_set(query, key, value, *others)`` where the flag is set, else ``where_not`` of the same.
+
+    For the backward pass a policy of `jax.checkpoint` keeps queries, keys and values as they come here, and
+    what either attention gives in one place; a conditional by itself keeps all of it for each.
+
+    Args:
+        flag: which one.
+        where_set, where_not: call `attention` with some view of queries, keys and values.
+        query, key, value: projections with their rotary positions applied.
+        others: arrays that no gradient flows to.
+    """
+    operands = tuple(name_for_policies(array, QKV) for array in (query, key, value))
+
+    def branch(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        def call(others: PyTree, operands: tuple[jax.Array, ...]) -> jax.Array:
+            return attend(*operands, *others)
+
+        return jax.checkpoint(call, prevent_cse=False, policy=_keeps_what_attention_gives)
+
+    return switch_saving(
+        [branch(where_not), branch(where_set)],
+        flag.astype(jnp.int32),
+        others,
+        operands,
+        named_primitives={FUSED_ATTENTION: ATTENTION_OUTPUT},
+    )
+
+
+def _keeps_what_attention_gives(primitive: Any, *_: Any, **params: Any) -> bool:
+    is_named = primitive.name == "name" and params["name"] == ATTENTION_OUTPUT
+    return is_named or primitive.name.startswith(FUSED_ATTENTION)
 
 
 def hide_keys(

@@ -1,5 +1,6 @@
 """Run an activation through layers whose parameters are stacked on a leading axis."""
 
+import dataclasses
 import functools
 import logging
 from collections import Counter
@@ -23,7 +24,7 @@ from vlmlora.nn.switch import pair_up, switch_saving
 from vlmlora.nn.trained import TRAINED
 from vlmlora.nn.variables import Trainable
 from vlmlora.quantization.sharded import ShardedWeight
-from vlmlora.quantization.weights import MixedWeight, Weight
+from vlmlora.quantization.weights import MixedWeight, NF4Weight, Weight
 
 logger = logging.getLogger(__name__)
 
@@ -345,6 +346,7 @@ def _body_and_steps(
     graphdef, trainable, frozen = nnx.split(_expand_adapters(layers), Trainable, ...)
     keys = None if key is None else jax.random.split(key, layers.stack)
     leaves, treedef = jax.tree.flatten(frozen, is_leaf=_is_weight)
+    leaves = list(map(_in_lines, leaves))
     if count < layers.stack:
         first = functools.partial(jax.lax.slice_in_dim, start_index=0, limit_index=count)
         trainable, per_layer, keys = jax.tree.map(first, (trainable, per_layer, keys))
@@ -445,6 +447,7 @@ class _LayersInPlace:
     def __init__(self, stack: nnx.Module):
         self._graphdef, self.trainable, frozen = nnx.split(_expand_adapters(stack), Trainable, ...)
         leaves, self._treedef = jax.tree.flatten(frozen, is_leaf=_is_weight)
+        leaves = map(_in_lines, leaves)
         self.frozen = [_in_place(leaf, stack.stack) if _is_weight(leaf) else leaf for leaf in leaves]
 
     def layer(self, frozen: list[Any], place: jax.Array, trainable: PyTree) -> nnx.Module:
@@ -486,6 +489,13 @@ def _is_sharded(layers: nnx.Module) -> bool:
         return isinstance(leaf, ShardedWeight)
 
     return any(map(is_sharded, jax.tree.leaves(nnx.state(layers), is_leaf=is_sharded)))
+
+
+def _in_lines(leaf: Any) -> Any:
+    """A stacked weight whose layers kernels read where they lie, as far as there is such a form of it."""
+    if _is_mixed(leaf):
+        return dataclasses.replace(leaf, pools=tuple(map(_in_lines, leaf.pools)))
+    return leaf.in_lines() if isinstance(leaf, NF4Weight) else leaf
 
 
 def _is_weight(leaf: Any) -> bool:

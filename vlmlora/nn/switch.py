@@ -13,10 +13,12 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Literal, Var
 from jaxtyping import PyTree
 
 from vlmlora.nn.residuals import Trace, Value, trace_residuals
@@ -24,6 +26,9 @@ from vlmlora.nn.saved import computed
 
 Branch = Callable[[PyTree, PyTree], PyTree]
 """What a branch returns, of the constants and the operands."""
+
+# `jax.checkpoint` rounds what it saves to its own type, which changes nothing.
+_SAME_ELEMENTS = ("reshape", "name", "reduce_precision")
 
 
 def switch_saving(
@@ -80,16 +85,23 @@ def switch_saving(
 
         takings = list(map(taking, range(len(branches))))
         outputs, filled = jax.lax.switch(index, takings, *fixed, *given)
-        return outputs, _Residuals(index, fixed, given, list(closed_over), places.name(filled), traces)
+        outputs, structure = jax.tree.flatten(outputs)
+        outputs, filled = places.name(outputs, filled)
+        kept = places.needed(outputs)
+        residuals = _Residuals(index, fixed, given, list(closed_over), kept, filled, traces)
+        return jax.tree.unflatten(structure, outputs), residuals
 
     def backward(residuals: _Residuals, cotangents: PyTree) -> tuple[None, None, list[jax.Array]]:
         traces, places = residuals.traces, _Places(residuals.traces)
 
         def pulling(number: int) -> Callable[..., list[jax.Array]]:
             def pull(
-                cotangents: list[jax.Array], filled: list[jax.Array], *leaves: jax.Array
+                cotangents: list[jax.Array],
+                kept: dict[int, jax.Array],
+                filled: list[jax.Array],
+                *leaves: jax.Array,
             ) -> list[jax.Array]:
-                saved = places.take(number, filled)
+                saved = places.take(number, kept, filled)
                 closed_over = residuals.closed_over[number]
                 gradients = traces[number].backward(closed_over, leaves, saved, dict(enumerate(cotangents)))
                 return [gradients[argument] for argument in moving]
@@ -99,7 +111,8 @@ def switch_saving(
         pulls = list(map(pulling, range(len(branches))))
         leaves = (*residuals.fixed, *residuals.given)
         cotangents, filled = jax.tree.leaves(cotangents), computed(residuals.filled)
-        return None, None, jax.lax.switch(residuals.index, pulls, cotangents, filled, *leaves)
+        kept = dict(zip(residuals.kept, computed(list(residuals.kept.values())), strict=True))
+        return None, None, jax.lax.switch(residuals.index, pulls, cotangents, kept, filled, *leaves)
 
     run.defvjp(forward, backward)
     return run(index, fixed, given)
@@ -107,7 +120,7 @@ def switch_saving(
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["index", "fixed", "given", "closed_over", "filled"],
+    data_fields=["index", "fixed", "given", "closed_over", "kept", "filled"],
     meta_fields=["traces"],
 )
 @dataclass(frozen=True)
@@ -119,6 +132,7 @@ class _Residuals:
         fixed: the constants.
         given: the operands.
         closed_over: what the trace of each branch closes over.
+        kept: the outputs that the backward pass takes, by their number.
         filled: the places, see `_Places`.
         traces: of each branch.
     """
@@ -127,41 +141,96 @@ class _Residuals:
     fixed: list[jax.Array]
     given: list[jax.Array]
     closed_over: list[list[Value]]
+    kept: dict[int, jax.Array]
     filled: list[jax.Array]
     traces: tuple[Trace, ...]
 
 
 class _Places:
-    """Where the branches leave what they save: alike values of different branches in the same place."""
+    """Where the branches leave what they save: alike values of different branches in the same place.
+
+    Values are alike that have as many elements of one type; a place has the shape of the first of them. What
+    a branch returns anyway has no place.
+    """
 
     def __init__(self, traces: Sequence[Trace]):
-        sorts = [
-            [(var.aval.shape, var.aval.dtype, trace.names.get(var)) for var in trace.saved]
-            for trace in traces
+        self._traces = traces
+        self._in_outputs = [_in_outputs(trace) for trace in traces]
+        self._placed = [
+            [var for var in trace.saved if var not in in_outputs]
+            for trace, in_outputs in zip(traces, self._in_outputs, strict=True)
         ]
-        self._of_branches = pair_up(sorts)
-        self._all = list(dict.fromkeys(place for places in self._of_branches for place in places))
+        self._of_branches = pair_up(
+            [
+                [(var.aval.size, var.aval.dtype, trace.names.get(var)) for var in placed]
+                for trace, placed in zip(traces, self._placed, strict=True)
+            ]
+        )
+        self._all: dict[Any, tuple[int, ...]] = {}
+        for places, placed in zip(self._of_branches, self._placed, strict=True):
+            for place, var in zip(places, placed, strict=True):
+                self._all.setdefault(place, var.aval.shape)
 
     def fill(self, branch: int, saved: Sequence[jax.Array]) -> list[jax.Array]:
         """Every place, with what a branch saves or with zeros."""
-        found = dict(zip(self._of_branches[branch], saved, strict=True))
-        for place in self._all:
-            (shape, dtype, _), _ = place
-            if place not in found:
-                found[place] = jnp.zeros(shape, dtype)
-        return [found[place] for place in self._all]
-
-    def take(self, branch: int, filled: Sequence[jax.Array]) -> list[jax.Array]:
-        """What a branch has saved."""
-        found = dict(zip(self._all, filled, strict=True))
-        return [found[place] for place in self._of_branches[branch]]
-
-    def name(self, filled: Sequence[jax.Array]) -> list[jax.Array]:
-        """The values under the names that they have in the branches."""
+        values = dict(zip(self._traces[branch].saved, saved, strict=True))
+        placed = (values[var] for var in self._placed[branch])
+        found = dict(zip(self._of_branches[branch], placed, strict=True))
         return [
-            value if name is None else checkpoint_name(value, name)
-            for ((_, _, name), _), value in zip(self._all, computed(filled), strict=True)
+            found[place].reshape(shape) if place in found else jnp.zeros(shape, place[0][1])
+            for place, shape in self._all.items()
         ]
+
+    def needed(self, outputs: Sequence[jax.Array]) -> dict[int, jax.Array]:
+        """Those outputs that hold what a branch saves."""
+        return {number: outputs[number] for number in self._names_of_outputs()}
+
+    def take(
+        self, branch: int, outputs: Mapping[int, jax.Array], filled: Sequence[jax.Array]
+    ) -> list[jax.Array]:
+        """What a branch has saved."""
+        by_place = dict(zip(self._all, filled, strict=True))
+        found = dict(zip(self._placed[branch], map(by_place.get, self._of_branches[branch]), strict=True))
+        found |= {var: outputs[number] for var, number in self._in_outputs[branch].items()}
+        return [found[var].reshape(var.aval.shape) for var in self._traces[branch].saved]
+
+    def name(
+        self, outputs: Sequence[jax.Array], filled: Sequence[jax.Array]
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
+        """Outputs and places under the names that their values have in the branches."""
+        of_outputs = self._names_of_outputs()
+        named = dict(zip(of_outputs, computed([outputs[number] for number in of_outputs]), strict=True))
+        named = {number: _named(value, of_outputs[number]) for number, value in named.items()}
+        outputs = [named.get(number, output) for number, output in enumerate(outputs)]
+        names = [name for (_, _, name), _ in self._all]
+        return outputs, [_named(*each) for each in zip(computed(filled), names, strict=True)]
+
+    def _names_of_outputs(self) -> dict[int, str | None]:
+        return {
+            number: trace.names.get(var)
+            for trace, in_outputs in zip(self._traces, self._in_outputs, strict=True)
+            for var, number in in_outputs.items()
+        }
+
+
+def _named(value: jax.Array, name: str | None) -> jax.Array:
+    return value if name is None else checkpoint_name(value, name)
+
+
+def _in_outputs(trace: Trace) -> dict[Var, int]:
+    """The output that holds a saved value, perhaps in another shape, by its number; of those in one."""
+    sources: dict[Var, Var] = {}
+    for equation in trace.jaxpr.eqns:
+        if equation.primitive.name in _SAME_ELEMENTS:
+            source = equation.invars[0]
+            sources[equation.outvars[0]] = sources.get(source, source)
+    numbers = {
+        sources.get(var, var): number
+        for number, var in enumerate(trace.output_vars)
+        if not isinstance(var, Literal)
+    }
+    found = {var: numbers.get(sources.get(var, var)) for var in trace.saved}
+    return {var: number for var, number in found.items() if number is not None}
 
 
 def pair_up(kinds: Sequence[Sequence[Hashable]]) -> list[list[tuple[Hashable, int]]]:

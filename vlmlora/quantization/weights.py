@@ -20,6 +20,7 @@ from vlmlora_kernels.nf4 import (
     NestedAbsmax,
     dequantize_4bit,
     double_quantize,
+    in_lines,
     matmul_4bit,
     quantize_4bit,
 )
@@ -257,6 +258,10 @@ class NF4Weight(_Arrays):
         """``[[W, right], [below]]`` in the type of `right`; either may be empty."""
         return self._decode(self.codes, self.absmax, dtype=right.dtype, right=right, below=below)
 
+    def in_lines(self) -> "NF4Weight":
+        """A stack as a scan slices it best: kernels then read a layer's scales where they lie."""
+        return dataclasses.replace(self, absmax=in_lines(self.absmax))
+
     def _decode(self, codes: jax.Array, absmax: jax.Array | NestedAbsmax, **options: Any) -> jax.Array:
         return dequantize_4bit(
             codes,
@@ -272,9 +277,9 @@ def _sliced_by_kernel(absmax: jax.Array | NestedAbsmax) -> jax.Array | NestedAbs
     """The same scales: neither magnitudes nor their mean are negative.
 
     It changes how XLA slices them out of a stack of layers: by a kernel, and not by copies, which would queue
-    up behind those of checkpointed layer inputs to and from host memory.
+    up behind those of checkpointed layer inputs to and from host memory. Scales in lines are not sliced.
     """
-    if not isinstance(absmax, NestedAbsmax):
+    if not isinstance(absmax, NestedAbsmax) or absmax.offset.ndim:
         return absmax
     return absmax._replace(absmax=jnp.abs(absmax.absmax), offset=jnp.abs(absmax.offset))
 

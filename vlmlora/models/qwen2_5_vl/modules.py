@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from transformers import PreTrainedConfig
 
-from vlmlora.nn.attention import attention
+from vlmlora.nn.attention import attention, attention_by_flag
 from vlmlora.nn.batch import attend_on_mesh, put_image_tokens
 from vlmlora.nn.cache import KVCache
 from vlmlora.nn.linear import Embedding, Linear, apply_to_normed
@@ -256,7 +256,7 @@ class WindowedVisionTower(VisionTower):
         def choose(query, keys, values, segments, flag):
             if flag is None:
                 return (full if self.is_full[0] else windowed)(query, keys, values, segments)
-            return jax.lax.cond(flag, full, windowed, query, keys, values, segments)
+            return attention_by_flag(flag, full, windowed, query, keys, values, segments)
 
         layout = layout_of(self.blocks.attn.qkv.weight.get_value())
         mesh = None if layout is None else layout.mesh
