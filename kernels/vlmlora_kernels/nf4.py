@@ -116,6 +116,36 @@ class NestedAbsmax(NamedTuple):
 
 Absmax = Float[Array, " blocks"] | NestedAbsmax
 
+
+class Placed(NamedTuple):
+    """A matrix among zeros, beside another.
+
+    Attributes:
+        matrix: what is given; None for zeros alone. Rows to the right of another matrix, or columns below
+            one, for which there is no place, are left out.
+        size: columns to the right, or rows below, in all.
+        start: columns of zeros before it; of a matrix below 0.
+    """
+
+    matrix: Float[Array, "_ _"] | None
+    size: int
+    start: int = 0
+
+    def to_the_right(self, rows: int, dtype: DTypeLike) -> Float[Array, "rows size"]:
+        """The whole matrix, beside one of so many rows."""
+        if self.matrix is None:
+            return jnp.zeros((rows, self.size), dtype)
+        matrix = self.matrix[:rows].astype(dtype)
+        return jnp.pad(matrix, ((0, 0), (self.start, self.size - self.start - matrix.shape[1])))
+
+    def below(self, columns: int, dtype: DTypeLike) -> Float[Array, "size columns"]:
+        """The whole matrix, below others of so many columns."""
+        if self.matrix is None:
+            return jnp.zeros((self.size, columns), dtype)
+        matrix = self.matrix[:, :columns].astype(dtype)
+        return jnp.pad(matrix, ((0, self.size - matrix.shape[0]), (0, columns - matrix.shape[1])))
+
+
 LINE = 256
 """Bytes of a line: XLA hands a kernel on a GPU its part of a stack without a copy if it begins at one."""
 
@@ -192,8 +222,8 @@ def dequantize_4bit(
     quant_type: str = "nf4",
     blocksize: int = 64,
     implementation: str | None = None,
-    right: Float[Array, "out right"] | None = None,
-    below: Float[Array, "below wide"] | None = None,
+    right: Float[Array, "out right"] | Placed | None = None,
+    below: Float[Array, "below wide"] | Placed | None = None,
 ) -> Float[Array, "*shape"]:
     """Decode a matrix: a float32 product of value and scale, rounded once to `dtype`.
 
@@ -208,8 +238,8 @@ def dequantize_4bit(
         quant_type: ``"nf4"`` or ``"fp4"``.
         blocksize: elements that share a scale; even.
         implementation: ``"decode"`` or ``"xla"`` to insist on one; see `explain`.
-        right: columns that follow those of the matrix.
-        below: rows that follow those of the matrix, as wide as it and what is to its right.
+        right: columns that follow those of the matrix; or some of them, among zeros.
+        below: rows that follow those of the matrix, as wide as it and what is to its right; or some of them.
 
     Returns:
         What ``bitsandbytes.functional.dequantize_4bit`` returns, bit for bit, and what was put around it.
@@ -220,15 +250,16 @@ def dequantize_4bit(
     """
     _check_format(quant_type, blocksize)
     _check_fit(codes, absmax, shape, blocksize)
-    _check_around(shape, right, below)
+    right, below = _check_around(shape, right, below)
     choice = explain(
         None, shape, kind=quant_type, dtype=dtype, blocksize=blocksize, implementation=implementation
     )
-    around = (None if part is None or part.size == 0 else part.astype(dtype) for part in (right, below))
+    around = [part.matrix if part.matrix is None else part.matrix.astype(dtype) for part in (right, below)]
     return _dequantize(
         codes,
         absmax,
         *around,
+        places=tuple((part.size, part.start) for part in (right, below)),
         shape=tuple(shape),
         dtype=jnp.dtype(dtype),
         quant_type=quant_type,
@@ -240,20 +271,26 @@ def dequantize_4bit(
 
 # A program of its own: the kernels of a model's layers are traced and lowered once for each shape.
 @functools.partial(
-    jax.jit, static_argnames=("shape", "dtype", "quant_type", "blocksize", "has_kernel", "is_forced")
+    jax.jit,
+    static_argnames=("places", "shape", "dtype", "quant_type", "blocksize", "has_kernel", "is_forced"),
 )
 def _dequantize(
-    codes, absmax, right, below, *, shape, dtype, quant_type, blocksize, has_kernel, is_forced
+    codes, absmax, right, below, *, places, shape, dtype, quant_type, blocksize, has_kernel, is_forced
 ) -> jax.Array:
     scales = _scale_arrays(absmax)
-    around = (right, below)
-    present = [part for part in around if part is not None]
+    present = [part for part in (right, below) if part is not None]
 
     def frame(matrix: jax.Array, arrays: Sequence[jax.Array]) -> jax.Array:
         given = iter(arrays)
-        for axis, part in zip((1, 0), around, strict=True):
-            matrix = matrix if part is None else jnp.concatenate([matrix, next(given)], axis)
-        return matrix
+        beside, under = (
+            Placed(None if part is None else next(given), *place)
+            for part, place in zip((right, below), places, strict=True)
+        )
+        # What is empty is left out: as a constant that a scan hoists out of `jax.shard_map` it crashes XLA
+        # (jax 0.11).
+        if beside.size:
+            matrix = jnp.concatenate([matrix, beside.to_the_right(matrix.shape[0], dtype)], axis=1)
+        return jnp.concatenate([matrix, under.below(matrix.shape[1], dtype)]) if under.size else matrix
 
     def in_xla(*arrays: jax.Array) -> jax.Array:
         codes, *rest = arrays
@@ -263,16 +300,11 @@ def _dequantize(
     arrays = (codes, *scales, *present)
     if not has_kernel:
         return in_xla(*arrays)
-    sizes = None
-    if present:
-        sizes = hopper_dequantize.Frame(
-            *shape,
-            *(0 if part is None else part.shape[axis] for axis, part in zip((1, 0), around, strict=True)),
-        )
-        if not _copies(sizes, dtype):
-            static = {"shape": shape, "dtype": dtype, "quant_type": quant_type, "blocksize": blocksize}
-            bare = _dequantize(codes, absmax, None, None, **static, has_kernel=True, is_forced=is_forced)
-            return frame(bare, present)
+    sizes = _frame(shape, right, below, places) if any(size for size, _ in places) else None
+    if sizes is not None and not _copies(sizes, dtype):
+        static = {"shape": shape, "dtype": dtype, "quant_type": quant_type, "blocksize": blocksize}
+        static |= {"places": ((0, 0), (0, 0)), "has_kernel": True, "is_forced": is_forced}
+        return frame(_dequantize(codes, absmax, None, None, **static), present)
     kernel = hopper_dequantize.dequantize(
         CODE_BOOKS[quant_type],
         size=math.prod(shape),
@@ -285,25 +317,58 @@ def _dequantize(
     return decode(*arrays) if is_forced else on_cuda(decode, in_xla, *arrays)
 
 
+def _frame(shape, right, below, places) -> hopper_dequantize.Frame:
+    (columns, start), (rows, _) = places
+    return hopper_dequantize.Frame(
+        *shape,
+        right=columns,
+        below=rows,
+        right_start=start,
+        right_given=0 if right is None else right.shape[1],
+        below_given=0 if below is None else below.shape[0],
+        below_pitch=0 if below is None else below.shape[1],
+    )
+
+
 def _copies(frame: hopper_dequantize.Frame, dtype: DTypeLike) -> bool:
     """Whether the kernel can copy what stands around the matrix: bfloat16, in whole words of 16 bytes."""
-    parts = (frame.columns, frame.right, frame.below * frame.pitch)
+    parts = (frame.columns, frame.right, frame.right_start, frame.right_given, frame.below_pitch)
+    parts += (frame.below * frame.pitch,)
     whole = all(size % hopper_dequantize.ELEMENTS == 0 for size in parts)
     return jnp.dtype(dtype) == jnp.bfloat16 and whole and 2 * (frame.rows + frame.below) * frame.pitch < 2**32
 
 
-def _check_around(shape: Sequence[int], right: jax.Array | None, below: jax.Array | None) -> None:
-    if right is None and below is None:
-        return
-    if len(shape) != 2:
+def _check_around(
+    shape: Sequence[int], right: jax.Array | Placed | None, below: jax.Array | Placed | None
+) -> tuple[Placed, Placed]:
+    """What is put around a matrix, with its place; nothing where nothing is."""
+    if len(shape) != 2 and not (right is None and below is None):
         raise ValueError(f"only a matrix can have others around it; the decoded one has shape {list(shape)}")
-    width = shape[1] + (0 if right is None else right.shape[-1])
-    for name, part, axis, needed in (("right", right, 0, shape[0]), ("below", below, 1, width)):
-        if part is not None and (part.ndim != 2 or part.shape[axis] != needed):
+    placed: list[Placed] = []
+    for name, part, axis in (("right", right, 0), ("below", below, 1)):
+        if part is None:
+            part = Placed(None, 0)
+        elif not isinstance(part, Placed):
+            needed = shape[axis] + sum(each.size for each in placed)
+            if part.ndim != 2 or part.shape[axis] != needed:
+                raise ValueError(
+                    f"{name} has shape {list(part.shape)}; around a matrix of shape {list(shape)} it needs "
+                    f"{needed} {('rows', 'columns')[axis]}"
+                )
+            part = Placed(part, part.shape[1 - axis])
+        elif part.matrix is not None and part.start + part.matrix.shape[1 - axis] > part.size:
             raise ValueError(
-                f"{name} has shape {list(part.shape)}; around a matrix of shape {list(shape)} it needs "
-                f"{needed} {('rows', 'columns')[axis]}"
+                f"{name} has shape {list(part.matrix.shape)}, which is too large for its place of "
+                f"{part.size} {('columns', 'rows')[axis]}, from {part.start} on"
             )
+        placed.append(part if part.matrix is None or part.matrix.size else Placed(None, part.size))
+    right, below = placed
+    if right.matrix is not None and right.matrix.shape[0] < shape[0]:
+        raise ValueError(
+            f"right has shape {list(right.matrix.shape)}; beside a matrix of shape {list(shape)} it needs "
+            f"{shape[0]} rows or more"
+        )
+    return right, below
 
 
 def _scale_arrays(absmax: Absmax) -> tuple[jax.Array, ...]:

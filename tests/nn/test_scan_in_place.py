@@ -160,7 +160,7 @@ def test_carries_of_some_steps_are_returned_with_gradients(keep, uses, on_host):
 
 
 def test_what_leaves_is_copied_when_its_step_is_done():
-    """So that the next step does not wait until it has left: the copy depends on the step's result."""
+    """And is sent by the next step, all of which it has for that: the copy depends on the step's result."""
     trained, frozen, x, shared = make()
     scan = scanning(on_host=frozenset({"copied"}))
     loss = make_loss(scan, keeping("copied"), frozen)
@@ -173,7 +173,7 @@ def test_what_leaves_is_copied_when_its_step_is_done():
     )
     makers = {out: equation for equation in body.eqns for out in equation.outvars}
     (sent,) = [e.invars[0] for e in body.eqns if e.primitive.name == "device_put"]
-    copy = makers[sent]
+    copy = makers[body.outvars[body.invars.index(sent)]]
     assert copy.primitive.name == "select_n"
     barrier = makers[copy.invars[-1]]
     assert barrier.primitive.name == "optimization_barrier"

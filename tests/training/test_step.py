@@ -267,6 +267,17 @@ def test_graphs_hold_reads_of_stacks_where_nothing_goes_to_the_host(parts, polic
     assert not in_graphs(lambda *_, **__: 0.0, None)
 
 
+@pytest.mark.parametrize(("policy", "is_own"), [("unsloth", False), ({"vision": jax.checkpoint}, True)])
+def test_xla_moves_copies_to_the_host_only_where_no_scan_of_ours_does(parts, policy, is_own):
+    def moves(loss, mesh):
+        return "xla_gpu_enable_pipelined_host_offloading" in _compiler_options(loss, mesh)
+
+    loss = make_loss_fn(parts[0], gradient_checkpointing=policy)
+    assert moves(loss, None) == is_own
+    assert moves(loss, make_mesh(devices=jax.devices()[:1]))
+    assert moves(lambda *_, **__: 0.0, None)
+
+
 @pytest.mark.slow
 def test_named_policies_leave_the_gradient_as_it_is(parts):
     graphdef, adapters, frozen = parts

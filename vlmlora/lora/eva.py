@@ -235,6 +235,9 @@ class _Tap(nnx.Module):
     def expand(self, stack: int) -> "_Tap":
         return self
 
+    def prepared(self, dtype: Any) -> "_Tap":
+        return self
+
 
 class _Taps:
     """Runs batches through a model whose chosen modules have taps, and receives what the taps hand over."""

@@ -16,8 +16,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from vlmlora.nn.low_rank import Factors
-from vlmlora.nn.variables import Frozen, Trainable
+from vlmlora.nn.low_rank import Factors, room_for
+from vlmlora.nn.variables import Frozen, Prepared, Trainable
 
 # What a layer needs to compute; `initial_A` and `initial_B` are for saving only and never enter a scan.
 _PER_LAYER = ("lora_A", "lora_B", "scaling", "lora_bias", "magnitude")
@@ -138,6 +138,23 @@ class Lora(nnx.Module):
         b = self.scaling.get_value() * self.lora_B.get_value()
         return Factors(lora_A.astype(dtype), b.astype(dtype))
 
+    def prepared(self, dtype: DTypeLike) -> "Lora | PreparedLora":
+        """What a scan over the layers computes with, as far as that is the same for each: see `PreparedLora`.
+
+        The adapter itself where a low-rank product is not all that it may add.
+        """
+        if self.magnitude is not None or self.lora_bias is not None or self.dropout > 0:
+            return self
+        scaling, r = self.scaling.get_value()[:, None, None], self.r
+
+        def with_room(factor: jax.Array, axis: int) -> jax.Array:
+            room = [(0, 0)] * 3
+            room[axis] = (0, room_for(factor.shape[axis], [r]))
+            return jnp.pad(factor.astype(dtype), room)
+
+        a, b = self.lora_A.get_value(), scaling * self.lora_B.get_value()
+        return PreparedLora(with_room(a, 2), with_room(b, 1))
+
     def merged(self, weight: Float[Array, "out in"], index: int | None) -> Float[Array, "out in"]:
         """The layer's weight with this adapter in it.
 
@@ -191,6 +208,41 @@ class Lora(nnx.Module):
         norm = row_norms(weight + jax.lax.stop_gradient(self._delta()))
         scale = self.magnitude.get_value() / jnp.where(norm > 0, norm, 1)
         return scale if self.adapts is None else jnp.where(self.adapts.get_value(), scale, 1)
+
+
+class PreparedLora(nnx.Module):
+    """An adapter that adds a low-rank product and no more, as a scan over the layers is given it.
+
+    What every layer would do to its factors is done to those of all layers at once: they are cast, B is
+    scaled, and both get the room that products with them need (`vlmlora.nn.low_rank.Factors`). Then products
+    read a layer's factors where they lie, and write their gradients where these are collected.
+
+    Attributes:
+        lora_A: [layers, r, in and room], or [r, in and room] of one layer, in the type of activations.
+        lora_B: [layers, out and room, r], or [out and room, r].
+    """
+
+    def __init__(self, lora_A: Float[Array, "*layers r _"], lora_B: Float[Array, "*layers _ r"]):
+        self.lora_A = Prepared(lora_A)
+        self.lora_B = Prepared(lora_B)
+
+    def __call__(
+        self,
+        x: Float[Array, "*batch in"],
+        y: Float[Array, "*batch out"],
+        *,
+        base: Any,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "*batch out"]:
+        """The layer's output with the adapter's added; see `Lora`."""
+        del base, key
+        a, b = self.factors(x.dtype, None)
+        return y + ((x @ a[:, : x.shape[-1]].T) @ b[: y.shape[-1]].T).astype(y.dtype)
+
+    def factors(self, dtype: DTypeLike, key: PRNGKeyArray | None) -> Factors:
+        """A and the scaled B, with their room, in `dtype`."""
+        del key
+        return Factors(self.lora_A.get_value().astype(dtype), self.lora_B.get_value().astype(dtype))
 
 
 class MixedRankLora(nnx.Module):

@@ -31,12 +31,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vlmlora.nn.saved import name_for_policies, naming
+from vlmlora.nn.saved import computed, name_for_policies, naming
 from vlmlora.quantization.sharded import ShardedWeight, with_whole_weights
 from vlmlora.quantization.weights import Framable
 from vlmlora_kernels import low_rank as kernels
 from vlmlora_kernels import norm as norm_kernels
 from vlmlora_kernels.in_place import elementwise_in_place, obstacle
+from vlmlora_kernels.nf4 import Placed
 
 MLP_LOW_RANK = "mlp_low_rank"
 """Name of what the A of a feed-forward block's last projection gives, for checkpoint policies."""
@@ -49,13 +50,16 @@ _ALIGNMENT = 64  # elements: rows of 16-bit matrices are then whole lines of 128
 class Factors(NamedTuple):
     """The factors of a low-rank addition to a weight [out, in].
 
+    Either may have room: columns of zeros to the right of `a`, rows of zeros below `b`. As many as
+    activations have save a copy, of the gradient too, which has them as well, and anything in them.
+
     Attributes:
         a: [r, in].
         b: [out, r], with the addition's scale in it.
     """
 
-    a: Float[Array, "r in"]
-    b: Float[Array, "out r"]
+    a: Float[Array, "r in_and_room"]
+    b: Float[Array, "out_and_room r"]
 
 
 class Norm(NamedTuple):
@@ -75,7 +79,7 @@ class Norm(NamedTuple):
 def takes_norm(x: Float[Array, "*batch features"], factors: Sequence[Factors]) -> bool:
     """Whether kernels compute the norm of x, and its gradient, beside products with these factors."""
     x = _as_matrices(x)
-    room = _room_of(factors)
+    room = _room_of(x.shape[1], factors)
     return norm_kernels.obstacle(x, x, x) is None and norm_kernels.obstacle(x, room=room) is None
 
 
@@ -115,10 +119,10 @@ def low_rank_products(
     """
     if norm is not None:
         operands, static = (tuple(weights), tuple(factors)), (room, 0, None, False)
-        x, products = _normed(_PRODUCTS, x, norm, operands, _room_of(factors), static)
+        x, products = _normed(_PRODUCTS, x, norm, operands, _room_of(x.shape[-1], factors), static)
         return x, *products
     xs = (x,) if function is None else tuple(x)
-    room_of_x = xs[0].shape[-1] - factors[0].a.shape[1]
+    room_of_x = xs[0].shape[-1] - weights[0].shape[1]
     return _products(xs, tuple(weights), tuple(factors), room, room_of_x, function, is_tight)
 
 
@@ -131,22 +135,27 @@ def _products_fwd(xs, weights, factors, room, room_of_x, function, is_tight, bia
     def forward(weights, xs, others):
         factors, biases = others
         biases = [None] * len(factors) if biases is None else biases
-        features = factors[0].a.shape[1]
+        features = weights[0].shape[1]
         x = xs[0] if function is None else function(*xs)
-        a = jnp.concatenate([each.a for each in factors]).T
         name = LOW_RANK if function is None else MLP_LOW_RANK
-        ranks = a.shape[1]
+        ranks = sum(each.a.shape[0] for each in factors)
+
+        def multiply(wide: jax.Array) -> jax.Array:
+            return _contract(wide, _above_each_other(factors, wide.shape[1]), (1, 1))
+
         # A bias of its own would keep the product from being written where a scan keeps the result.
         has_ones = any(bias is not None for bias in biases) and room_for(features, [ranks]) > ranks
-        wide, low_rank = _augment(x.reshape(-1, x.shape[-1]), a, name, has_ones=has_ones)
+        wide, low_rank = _augment(
+            x.reshape(-1, x.shape[-1]), features, ranks, multiply, name, has_ones=has_ones
+        )
         width = wide.shape[1] - features
         products = []
         for weight, each, bias, start in zip(weights, factors, biases, _starts(factors), strict=True):
-            right = jnp.pad(each.b, ((0, 0), (start, width - start - each.b.shape[1])))
-            below = jnp.zeros((room, wide.shape[1]), x.dtype)
+            right = Placed(each.b, width, start)
             if has_ones and bias is not None:
-                right = right.at[:, ranks].set(bias.astype(right.dtype))
-            y = _contract(wide, weight.framed(right, below), (1, 1))
+                columns = right.to_the_right(weight.shape[0], x.dtype)
+                right = Placed(columns.at[:, ranks].set(bias.astype(x.dtype)), width)
+            y = _contract(wide, weight.framed(right, Placed(None, room), x.dtype), (1, 1))
             products.append(y if has_ones else add_bias(y, bias))
         saved = (wide,) if function is None else ()
         return tuple(y.reshape(*x.shape[:-1], y.shape[1]) for y in (*products, low_rank, *saved)), ()
@@ -171,12 +180,13 @@ def _products_bwd(room, room_of_x, function, is_tight, residuals, cotangents):
             dx, da, dbs = _gradients(sides, x, room_of_x)
             _, *dxs = pull_back(dx, *saved)
         else:
-            sides, dbs = _behind_barrier(sides, _gradients_of_b(sides))
+            dbs = _gradients_of_b(sides)
+            sides = _behind(sides, dbs)
             in_one_pass = functools.partial(elementwise_in_place, pull_back) if has_kernel else pull_back
             x, *dxs = in_one_pass(_gradient_of_x(sides, room_of_x), *saved)
             dxs, da = jax.lax.optimization_barrier((dxs, _gradient_of_a(sides, x)))
         dxs = tuple(dx.reshape(*batch, dx.shape[1]) for dx in dxs)
-        return dxs, _as_factors(da, dbs)
+        return dxs, _as_factors(da, dbs, factors)
 
     saved, low_rank, weights, factors = residuals
     of_rows = tuple(saved), low_rank, cotangents
@@ -220,11 +230,11 @@ def low_rank_block(
         is_tight: the backward pass writes over them, where a kernel can, see `low_rank_products`.
         norm: see `low_rank_products`.
     """
-    room_of_x = x.shape[-1] - factors[0].a.shape[1]
+    room_of_x = x.shape[-1] - weights[0].shape[1]
     operands = tuple(weights), tuple(factors), tuple(biases), last_weight, last_factors
     static = room, room_of_x, function, tuple(map(naming, names)), is_tight
     if norm is not None:
-        return _normed(_BLOCK, x, norm, operands, _room_of(factors), static)
+        return _normed(_BLOCK, x, norm, operands, _room_of(x.shape[-1], factors), static)
     return x, _block((x,), *operands, *static)
 
 
@@ -267,7 +277,7 @@ def _has_kernel(function: Callable[..., jax.Array], of_first: _OfProducts, of_la
         return False
     # Of the gradients that come from behind there are the shapes: those of what they are gradients of.
     ys, projected = _as_matrices((of_last[0], of_last[1]))
-    bs = [each.b for each in of_first[3]]
+    bs = [each.b[: weight.shape[0]] for weight, each in zip(of_first[2], of_first[3], strict=True)]
     pull_back = functools.partial(_pull_back, function)
     return kernels.obstacle(pull_back, ys[0], ys, projected, _ranks_of(of_first), bs) is None
 
@@ -285,25 +295,27 @@ def _block_bwd_in_one_pass(
     (x,), _, weights, factors = of_first
     cotangents, last_low_rank = _as_matrices(((cotangent,), last_low_rank))
     behind = _sides(cotangents, last_low_rank, last_weights, last_factors, has_room=False)
-    behind, last_dbs = _behind_barrier(behind, _gradients_of_b(behind))
+    last_dbs = _gradients_of_b(behind)
+    behind = _behind(behind, last_dbs)
     found = kernels.low_rank_gradients(
         functools.partial(_pull_back, function),
         _gradient_of_x(behind, room),
         _as_matrices(ys),
         behind[0].product,
         _ranks_of(of_first),
-        [each.b for each in factors],
+        [each.b[: weight.shape[0]] for weight, each in zip(weights, factors, strict=True)],
         is_in_place=is_tight,
     )
     sides = []
     for layer in zip(weights, factors, found.gradients, found.products, found.gradient_sums, strict=True):
         weight, each, dy, product, db = layer
         product = product.astype(x.dtype)
-        dy = _fill(dy, jnp.pad(product, ((0, 0), (0, room - product.shape[1]))), each.b.shape[0])
+        dy = _fill(dy, jnp.pad(product, ((0, 0), (0, room - product.shape[1]))), weight.shape[0])
         sides.append(_Side(dy, product, [db.astype(x.dtype)], [weight], [each]))
     dx, da, dbs = _gradients(sides, _as_matrices(x), room_of_x)
-    (d_last,) = _as_factors(found.value_sum.T.astype(x.dtype), last_dbs)
-    return dx.reshape(*x.shape[:-1], -1), [side.dy for side in sides], _as_factors(da, dbs), d_last
+    (d_last,) = _as_factors(found.value_sum.T.astype(x.dtype), last_dbs, last_factors)
+    d_factors = _as_factors(da, dbs, factors)
+    return dx.reshape(*x.shape[:-1], -1), [side.dy for side in sides], d_factors, d_last
 
 
 def _ranks_of(products: _OfProducts) -> list[Float[Array, "tokens _"]]:
@@ -347,9 +359,9 @@ def _normed_by_bwd(rules, eps, room, static, residuals, cotangents):
 _normed_by.defvjp(_normed_by_fwd, _normed_by_bwd)
 
 
-def _room_of(factors: Sequence[Factors]) -> int:
+def _room_of(features: int, factors: Sequence[Factors]) -> int:
     """Columns to the right of x in which its products with every A find place."""
-    return room_for(factors[0].a.shape[1], [sum(each.a.shape[0] for each in factors)])
+    return room_for(features, [sum(each.a.shape[0] for each in factors)])
 
 
 def add_bias(y: Float[Array, "*batch out_and_room"], bias: Float[Array, " out"] | None) -> jax.Array:
@@ -395,32 +407,34 @@ class _Side(NamedTuple):
         factors: Sequence[Factors],
     ) -> "_Side":
         """From the layers' cotangents and their products with A, side by side."""
-        ranks = low_rank.shape[1]
-        diagonal = [
-            jnp.pad(each.b, ((0, 0), (start, ranks - start - each.b.shape[1])))
-            for each, start in zip(factors, _starts(factors), strict=True)
-        ]
-        dy, product = _augment(cotangent, jnp.concatenate(diagonal))
+        outs, ranks = sum(weight.shape[0] for weight in weights), low_rank.shape[1]
+
+        def multiply(dy: jax.Array) -> jax.Array:
+            if len(factors) == 1:
+                return dy @ _fit(factors[0].b, 0, dy.shape[1])
+            diagonal = [
+                jnp.pad(each.b[: weight.shape[0]], ((0, 0), (start, ranks - start - each.b.shape[1])))
+                for weight, each, start in zip(weights, factors, _starts(factors), strict=True)
+            ]
+            return dy @ _fit(jnp.concatenate(diagonal), 0, dy.shape[1])
+
+        dy, product = _augment(cotangent, outs, ranks, multiply)
         # The gradient is taken of the augmented array and cut: the plain one need not exist beside it.
         gradient, dbs, row = _contract(dy, low_rank, (0, 0)), [], 0
-        for each, start in zip(factors, _starts(factors), strict=True):
-            out, r = each.b.shape
-            dbs.append(gradient[row : row + out, start : start + r])
+        for weight, each, start in zip(weights, factors, _starts(factors), strict=True):
+            (out, _), r = weight.shape, each.b.shape[1]
+            dbs.append(gradient if len(factors) == 1 else gradient[row : row + out, start : start + r])
             row += out
         return cls(dy, product, dbs, weights, factors)
 
     def below(self, room_of_x: int) -> Float[Array, "outs_and_room in_and_room"]:
         """The weights, the layers' A under them, and zeros."""
-        *others, last = (
-            (weight, jnp.zeros((each.b.shape[0], room_of_x), each.b.dtype))
-            for weight, each in zip(self.weights, self.factors, strict=True)
-        )
-        a = jnp.concatenate([each.a for each in self.factors])
-        rows = sum(each.b.shape[0] for each in self.factors) + a.shape[0]
-        a = jnp.pad(a, ((0, self.dy.shape[1] - rows), (0, room_of_x)))
-        empty = jnp.zeros((0, a.shape[1]), a.dtype)
-        framed = [weight.framed(right, empty) for weight, right in others]
-        return jnp.concatenate([*framed, last[0].framed(last[1], a)])
+        right, dtype = Placed(None, room_of_x), self.dy.dtype
+        a = _above_each_other(self.factors, max(each.a.shape[1] for each in self.factors))
+        rows = self.dy.shape[1] - sum(weight.shape[0] for weight in self.weights)
+        *others, last = self.weights
+        framed = [weight.framed(right, Placed(None, 0), dtype) for weight in others]
+        return jnp.concatenate([*framed, last.framed(right, Placed(a, rows), dtype)])
 
 
 def _sides(
@@ -440,10 +454,10 @@ def _sides(
             _Side.of(dy, low_rank[:, start : start + each.b.shape[1]], [weight], [each])
             for dy, weight, each, start in layers
         ]
-    outs, ranks = (sum(each.b.shape[axis] for each in factors) for axis in (0, 1))
+    outs, ranks = sum(weight.shape[0] for weight in weights), low_rank.shape[1]
     zeros = jnp.zeros((cotangents[0].shape[0], room_for(outs, [ranks])), cotangents[0].dtype)
     beside = jnp.concatenate([*cotangents, zeros], axis=1)
-    return [_Side.of(beside, low_rank[:, :ranks], weights, factors)]
+    return [_Side.of(beside, low_rank, weights, factors)]
 
 
 def _gradients(
@@ -451,7 +465,8 @@ def _gradients(
 ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
     """Of x, of every A, of each B."""
     # Once the factors' gradients are there x is not needed any more, before its own takes memory.
-    sides, da, dbs = _behind_barrier(sides, _gradient_of_a(sides, x), _gradients_of_b(sides))
+    da, dbs = _gradient_of_a(sides, x), _gradients_of_b(sides)
+    sides = _behind(sides, da, dbs)
     return _gradient_of_x(sides, room_of_x), da, dbs
 
 
@@ -460,48 +475,72 @@ def _gradient_of_x(sides: Sequence[_Side], room_of_x: int) -> Float[Array, "toke
 
 
 def _gradient_of_a(sides: Sequence[_Side], x: Float[Array, "tokens in_and_room"]) -> jax.Array:
-    """Of every A, one above the other."""
-    features = sides[0].factors[0].a.shape[1]
+    """Of every A, one above the other, with the room that x has."""
     products = jnp.concatenate([side.product for side in sides], axis=1)
-    return _contract(products, x, (0, 0))[:, :features]
+    return _contract(products, x, (0, 0))
 
 
 def _gradients_of_b(sides: Sequence[_Side]) -> list[jax.Array]:
     return [db for side in sides for db in side.dbs]
 
 
-def _behind_barrier(sides: Sequence[_Side], *others: Any) -> tuple:
-    """Sides whose products begin when all of this is there, and the others."""
-    dys, *others = jax.lax.optimization_barrier(([side.dy for side in sides], *others))
-    return [side._replace(dy=dy) for side, dy in zip(sides, dys, strict=True)], *others
+def _behind(sides: Sequence[_Side], *others: Any) -> list[_Side]:
+    """Sides whose products begin when all of this is there."""
+    dys, _ = jax.lax.optimization_barrier(([side.dy for side in sides], others))
+    return [side._replace(dy=dy) for side, dy in zip(sides, dys, strict=True)]
 
 
-def _as_factors(da: Float[Array, "ranks _"], dbs: Sequence[Float[Array, "_ _"]]) -> tuple[Factors, ...]:
+def _as_factors(
+    da: Float[Array, "ranks _"], dbs: Sequence[Float[Array, "_ _"]], factors: Sequence[Factors]
+) -> tuple[Factors, ...]:
+    """Gradients of factors, with the room that these have."""
     das = jnp.split(da, list(accumulate(db.shape[1] for db in dbs))[:-1])
-    return tuple(Factors(*each) for each in zip(das, dbs, strict=True))
+    # As parts of one array they would be copied to where a scan collects them; see `nn.stack`.
+    das = das if len(das) == 1 else computed(das)
+    return tuple(
+        Factors(_fit(da, 1, each.a.shape[1]), _fit(db, 0, each.b.shape[0]))
+        for da, db, each in zip(das, dbs, factors, strict=True)
+    )
+
+
+def _above_each_other(factors: Sequence[Factors], width: int) -> Float[Array, "ranks width"]:
+    """Every A, with as much room as makes that width."""
+    return jnp.concatenate([_fit(each.a, 1, width) for each in factors])
+
+
+def _fit(x: Float[Array, "_ _"], axis: int, size: int) -> Float[Array, "_ _"]:
+    """x with more room along an axis, or less."""
+    more = max(0, size - x.shape[axis])
+    x = jnp.pad(x, [(0, more if each == axis else 0) for each in range(2)]) if more else x
+    return x if x.shape[axis] == size else jax.lax.slice_in_dim(x, 0, size, axis=axis)
 
 
 def _augment(
     x: Float[Array, "tokens in_and_room"],
-    right: Float[Array, "in r"],
+    features: int,
+    r: int,
+    multiply: Callable[[jax.Array], jax.Array],
     name: str | None = None,
     *,
     has_ones: bool = False,
 ) -> tuple[Float[Array, "tokens wide"], Float[Array, "tokens r"]]:
-    """``[x, x @ right]`` and zeros up to a multiple of `_ALIGNMENT`, in place where x has room; the product.
+    """x, a product with it and zeros, as many columns as a multiple of `_ALIGNMENT`; and the product.
+
+    They are put where x has room, if it has.
 
     Args:
         x: with room or without.
-        right: the product's other side.
+        features: without.
+        r: width of the product.
+        multiply: gives it, of x with room.
         name: by which policies of `jax.checkpoint` know the product.
         has_ones: the first of the zeros is a one, for which there is room.
     """
-    features, r = right.shape
     room = room_for(features, [r])
     wide = x if x.shape[1] >= features + room else _widen(x, features + room - x.shape[1])
     # A barrier that only XLA needs: x is computed once and not again for the update.
     wide = jax.lax.optimization_barrier(wide)
-    product = wide @ jnp.pad(right, ((0, wide.shape[1] - features), (0, 0)))
+    product = multiply(wide)
     if name is not None:
         product = name_for_policies(product, name)
     ones = [jnp.ones_like(product[:, :1])] if has_ones else []

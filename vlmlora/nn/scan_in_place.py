@@ -6,9 +6,9 @@ as memory that nobody has written. A value is put into its place as soon as it i
 reads it from the stack. So its place is all that a product's result is needed for, and XLA lets the product
 write to it.
 
-XLA copies what goes to host memory while the next step runs, and must be done before that step computes its
-own value in the same place, which for the first values of a step is at once. Here a step's values are copied
-when it ends, and those copies leave while all of the next step runs.
+What goes to host memory leaves while all of the next step runs: a step's values are copied when it ends, and
+the next step sends those copies off. In the backward pass a step fetches those of the step that comes next.
+The last step's values stay on the device, where the backward pass begins with them.
 """
 
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -115,7 +115,7 @@ def _scan(one_step: OneStep, places: _Places, length: int, constants, x, leaves)
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["constants", "leaves", "xs", "stacks", "closed_over"],
+    data_fields=["constants", "leaves", "xs", "stacks", "last", "closed_over"],
     meta_fields=["trace"],
 )
 @dataclass(frozen=True)
@@ -125,8 +125,10 @@ class _Residuals:
     Attributes:
         constants: as the scan was given them.
         leaves: likewise.
-        xs: every step's x, and on the device the last one's result.
-        stacks: of each of the trace's `saved`.
+        xs: every step's x, and on the device the last one's result; in host memory see `stacks`.
+        stacks: of each of the trace's `saved`. In host memory a step's value is in the next step's place, and
+            the last step's is not there.
+        last: what the last step would send to host memory.
         closed_over: what the trace closes over.
         trace: of one step.
     """
@@ -135,8 +137,13 @@ class _Residuals:
     leaves: list[jax.Array]
     xs: jax.Array
     stacks: list[jax.Array]
+    last: "_Sent"
     closed_over: list[Value]
     trace: Trace
+
+
+_Sent = tuple[jax.Array | None, dict[int, jax.Array]]
+"""x, if it goes to host memory, and the saved values of a step that go there, by their number."""
 
 
 def _forward(one_step: OneStep, places: _Places, length: int, constants, x, leaves):
@@ -145,15 +152,19 @@ def _forward(one_step: OneStep, places: _Places, length: int, constants, x, leav
     trace, closed_over = _trace(one_step, places, is_moving, constants, x, leaves)
     numbers = {var: number for number, var in enumerate(trace.saved)}
     stacks = [_empty(length, var.aval, numbers[var], on_host=places.sends(trace, var)) for var in trace.saved]
+    sent = {number: _one(var.aval) for var, number in numbers.items() if places.sends(trace, var)}
     kept = None
     if places.x_on_host:
         xs, kept = _empty(length, x, len(stacks), on_host=True), _room_for_kept(x, places.keep)
+        sent = _one(x), sent
     else:
-        xs, x = _put(jax.lax.empty((length + 1, *x.shape), x.dtype), x, 0), None
+        xs, x, sent = _put(jax.lax.empty((length + 1, *x.shape), x.dtype), x, 0), None, (None, sent)
 
     def body(number: jax.Array, carry: Any, leaves: Sequence[jax.Array]) -> Any:
-        x, kept, xs, stacks = carry
+        x, kept, xs, stacks, (sent_x, sent) = carry
         stacks, leaving = list(stacks), {}
+        for each, value in sent.items():
+            stacks[each] = _put(stacks[each], _to_host(value), number)
 
         def keep(var: Var, value: Value) -> Value:
             if var not in numbers:
@@ -169,20 +180,21 @@ def _forward(one_step: OneStep, places: _Places, length: int, constants, x, leav
             return _take(jax.lax.optimization_barrier(stack), number)
 
         if places.x_on_host:
-            xs = _put(xs, _to_host(x), number)
+            xs = _put(xs, _to_host(sent_x), number)
         else:
             x = _take(xs, number)
-        (x, *outputs), _ = trace.forward(closed_over, [*constants, x, *leaves], keep)
-        if leaving:
-            x, values = jax.lax.optimization_barrier((x, list(leaving.values())))
-            for each, copy in zip(leaving, computed(values), strict=True):
-                stacks[each] = _put(stacks[each], _to_host(copy), number)
+        (result, *outputs), _ = trace.forward(closed_over, [*constants, x, *leaves], keep)
+        if leaving or places.x_on_host:
+            of_step = (x if places.x_on_host else None, leaving)
+            result, of_step = jax.lax.optimization_barrier((result, of_step))
+            values, structure = jax.tree.flatten(of_step)
+            sent_x, sent = jax.tree.unflatten(structure, computed(values))
         if places.x_on_host:
-            return (x, _keep(kept, x, number, places.keep), xs, stacks), outputs
-        return (None, None, _put(xs, x, number + 1), stacks), outputs
+            return (result, _keep(kept, result, number, places.keep), xs, stacks, (sent_x, sent)), outputs
+        return (None, None, _put(xs, result, number + 1), stacks, (sent_x, sent)), outputs
 
-    (x, kept, xs, stacks), outputs = _loop(body, (x, kept, xs, stacks), leaves, length)
-    residuals = _Residuals(constants, leaves, xs, stacks, closed_over, trace)
+    (x, kept, xs, stacks, last), outputs = _loop(body, (x, kept, xs, stacks, sent), leaves, length)
+    residuals = _Residuals(constants, leaves, xs, stacks, last, closed_over, trace)
     if places.x_on_host:
         return (x, outputs, _cut(kept, places.keep)), residuals
     return (xs[-1], outputs, xs[1 + np.array(places.keep)] if places.keep else None), residuals
@@ -202,23 +214,25 @@ def _backward(one_step: OneStep, places: _Places, length: int, residuals: _Resid
     of_leaves = [argument for argument in trace.moving if argument > len(constants)]
 
     def body(number: jax.Array, carry: Any, slices: Any) -> Any:
-        (dx, sums), (leaves, given) = carry, slices
+        (dx, sums, (x, fetched)), (leaves, given) = carry, slices
         if d_kept is not None:
             place, is_kept = _place_of_kept(number, places.keep)
             dx += jnp.where(is_kept, _take(d_kept, place), 0)
-        x = _take(residuals.xs, number)
-        x = _to_device(x) if places.x_on_host else x
-        saved = [_take(stack, number) for stack in residuals.stacks]
+        x = x if places.x_on_host else _take(residuals.xs, number)
         saved = [
-            _to_device(value) if places.sends(trace, var) else value
-            for var, value in zip(trace.saved, saved, strict=True)
+            fetched[each] if each in fetched else _take(stack, number)
+            for each, stack in enumerate(residuals.stacks)
         ]
         gradients = trace.backward(residuals.closed_over, [*constants, x, *leaves], saved, {0: dx} | given)
         sums = [total + gradients[each] for total, each in zip(sums, of_constants, strict=True)]
-        return (gradients[len(constants)], sums), [gradients[each] for each in of_leaves]
+        next_x = _to_device(_take(residuals.xs, number)) if places.x_on_host else None
+        fetched = {each: _to_device(_take(residuals.stacks[each], number)) for each in fetched}
+        carry = gradients[len(constants)], sums, (next_x, fetched)
+        return carry, [gradients[each] for each in of_leaves]
 
     sums = [jnp.zeros(constants[each].shape, constants[each].dtype) for each in of_constants]
-    (dx, sums), d_leaves = _loop(body, (dx, sums), (residuals.leaves, given), length, is_reverse=True)
+    carry = dx, sums, residuals.last
+    (dx, sums, _), d_leaves = _loop(body, carry, (residuals.leaves, given), length, is_reverse=True)
     gradients = dict(zip(of_constants, sums, strict=True)) | dict(zip(of_leaves, d_leaves, strict=True))
     first = len(constants) + 1
     return (
@@ -313,6 +327,11 @@ def _to_host(x: jax.Array) -> jax.Array:
 
 def _to_device(x: jax.Array) -> jax.Array:
     return jax.device_put(x, jax.memory.Space.Device)
+
+
+def _one(value: Any) -> jax.Array:
+    """Room for one of these."""
+    return jax.lax.empty(value.shape, value.dtype)
 
 
 def _empty(length: int, one: Any, number: int, *, on_host: bool) -> jax.Array:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from vlmlora.nn.attention import ATTENTION_OUTPUT, FUSED_ATTENTION
@@ -22,7 +23,7 @@ from vlmlora.nn.saved import Checkpoint, computed, name_for_policies, stacks_are
 from vlmlora.nn.scan_in_place import scan_in_place
 from vlmlora.nn.switch import pair_up, switch_saving
 from vlmlora.nn.trained import TRAINED
-from vlmlora.nn.variables import Trainable
+from vlmlora.nn.variables import Prepared, Trainable
 from vlmlora.quantization.sharded import ShardedWeight
 from vlmlora.quantization.weights import MixedWeight, NF4Weight, Weight
 
@@ -105,10 +106,10 @@ def scan_layers(
         count: of layers, the first of the stack; None for all.
         key: split into one key a layer for dropout; None for none.
         remat: wraps the body of the scan; the layer's input is named `LAYER_INPUT` inside of it. Where a
-            `Checkpoint` keeps values that can be computed in place, or more than the input in host memory,
-            and where not all layers run, the scan is `scan_in_place`, which has no forward derivative. Of
-            what a `Checkpoint` has to spare, as much goes to host memory as leaves in the time in which a
-            layer runs forward (`HOST_FLOPS_PER_BYTE`); nothing does on a mesh, and of layers that differ.
+            `Checkpoint` keeps values that can be computed in place or in host memory, and where not all
+            layers run, the scan is `scan_in_place`, which has no forward derivative. Of what a `Checkpoint`
+            has to spare, as much goes to host memory as leaves in the time in which a layer runs forward
+            (`HOST_FLOPS_PER_BYTE`); nothing does on a mesh, and of layers that differ.
 
     Returns:
         The last layer's output, and the layers' own outputs stacked; None for these of no layers.
@@ -119,7 +120,7 @@ def scan_layers(
     remat = _with_what_leaves(layers, x, call, per_layer, count, key, remat)
     # In a plain scan XLA copies the weights of layers whose number is not the loop's counter.
     is_in_place = _can_run_in_place(remat, [layers]) and (_keeps_more(remat) or count < layers.stack)
-    body, steps = _body_and_steps(layers, call, per_layer, key, count, cuts_weights=not is_in_place)
+    body, steps = _body_and_steps(layers, x.dtype, call, per_layer, key, count, cuts_weights=not is_in_place)
     if is_in_place:
         return _scan_in_place(body, x, steps, count, remat)[:2]
     return jax.lax.scan(body if remat is None else remat(body), x, steps)
@@ -155,8 +156,7 @@ def _can_run_in_place(remat: Remat | None, stacks: Sequence[nnx.Module]) -> bool
 
 def _keeps_more(remat: Remat | None) -> bool:
     """Whether layers keep what `scan_in_place` handles better than a plain scan."""
-    # A layer's input alone has nearly all of a layer's time to leave in a plain scan too.
-    return isinstance(remat, Checkpoint) and bool(remat.in_place or remat.on_host - {LAYER_INPUT})
+    return isinstance(remat, Checkpoint) and bool(remat.in_place or remat.on_host)
 
 
 def _with_what_leaves(
@@ -171,7 +171,7 @@ def _with_what_leaves(
     """`remat` with what it has to spare in host memory, as far as it leaves while a layer runs forward."""
     if not isinstance(remat, Checkpoint) or not remat.spare or _is_sharded(layers):
         return remat
-    body, steps = _body_and_steps(layers, call, per_layer, key, count)
+    body, steps = _body_and_steps(layers, x.dtype, call, per_layer, key, count)
     step = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), steps)
     jaxpr = jax.make_jaxpr(body)(x, step).jaxpr
     sizes = _bytes_by_name(jaxpr)
@@ -216,7 +216,7 @@ def _names_in_branches(jaxpr: Any) -> bool:
 
 def last_layer(layers: nnx.Module) -> nnx.Module:
     """The last layer of a stack by itself. Its frozen weights are read where they lie."""
-    parts = _LayersInPlace(layers)
+    parts = _LayersInPlace(layers, None)
     # Behind the barrier the layer's number is none that XLA knows, and its weights none that it copies.
     number = jax.lax.optimization_barrier(jnp.int32(layers.stack - 1))
     trainable = jax.tree.map(lambda leaf: jax.lax.index_in_dim(leaf, -1, keepdims=False), parts.trainable)
@@ -242,7 +242,7 @@ def scan_layers_and_keep(
         The last layer's output, and those of `keep`, stacked in its order.
     """
     remat = _with_what_leaves(layers, x, call, None, layers.stack, key, remat)
-    body, steps = _body_and_steps(layers, call, None, key, layers.stack)
+    body, steps = _body_and_steps(layers, x.dtype, call, None, key, layers.stack)
     keep = [range(layers.stack)[layer] for layer in keep]
     wanted = sorted(set(keep))
     if _keeps_more(remat) and _can_run_in_place(remat, [layers]):
@@ -299,7 +299,7 @@ def scan_mixed_layers(
     """
     kinds = np.asarray(order, np.int32)
     places = np.array([np.sum(kinds[:step] == kind) for step, kind in enumerate(kinds)], np.int32)
-    parts = [_LayersInPlace(stack) for stack in stacks]
+    parts = [_LayersInPlace(stack, x.dtype) for stack in stacks]
     trainables = tuple(part.trainable for part in parts)
     receivers, direct = _gradients_by_step(trainables, kinds, places)
     keys = None if key is None else jax.random.split(key, len(kinds))
@@ -332,6 +332,7 @@ def scan_mixed_layers(
 
 def _body_and_steps(
     layers: nnx.Module,
+    dtype: DTypeLike,
     call: Callable[..., tuple[jax.Array, PyTree]],
     per_layer: PyTree,
     key: PRNGKeyArray | None,
@@ -343,7 +344,7 @@ def _body_and_steps(
 
     Frozen weights among those are cut to as many layers only if `cuts_weights`.
     """
-    graphdef, trainable, frozen = nnx.split(_expand_adapters(layers), Trainable, ...)
+    graphdef, trainable, frozen = nnx.split(_expand_adapters(layers, dtype), Trainable, ...)
     keys = None if key is None else jax.random.split(key, layers.stack)
     leaves, treedef = jax.tree.flatten(frozen, is_leaf=_is_weight)
     leaves = list(map(_in_lines, leaves))
@@ -373,11 +374,15 @@ def _compute_slices(slices: PyTree) -> PyTree:
 
     XLA gives its few streams in turn to all copies in a loop's body. There a slice that is awaited at once
     would stand behind a layer's input that is on its way to host memory, for which nothing else waits.
-    Weights stay as they are: products read their part of a stack where it lies.
+    Weights and prepared factors stay as they are: products read their part of a stack where it lies.
     """
-    leaves, structure = jax.tree.flatten(slices, is_leaf=_is_weight)
-    results = iter(computed([leaf for leaf in leaves if not _is_weight(leaf)]))
-    return jax.tree.unflatten(structure, [leaf if _is_weight(leaf) else next(results) for leaf in leaves])
+
+    def stays(leaf: Any) -> bool:
+        return _is_weight(leaf) or isinstance(leaf, Prepared)
+
+    leaves, structure = jax.tree.flatten(slices, is_leaf=stays)
+    results = iter(computed([leaf for leaf in leaves if not stays(leaf)]))
+    return jax.tree.unflatten(structure, [leaf if stays(leaf) else next(results) for leaf in leaves])
 
 
 def _gradients_by_step(
@@ -444,8 +449,8 @@ _directed.defvjp(lambda x, receiver: (x, None), lambda _, gradient: (None, gradi
 class _LayersInPlace:
     """A stack whose frozen arrays stay whole; a layer reads its part of them."""
 
-    def __init__(self, stack: nnx.Module):
-        self._graphdef, self.trainable, frozen = nnx.split(_expand_adapters(stack), Trainable, ...)
+    def __init__(self, stack: nnx.Module, dtype: DTypeLike | None):
+        self._graphdef, self.trainable, frozen = nnx.split(_expand_adapters(stack, dtype), Trainable, ...)
         leaves, self._treedef = jax.tree.flatten(frozen, is_leaf=_is_weight)
         leaves = map(_in_lines, leaves)
         self.frozen = [_in_place(leaf, stack.stack) if _is_weight(leaf) else leaf for leaf in leaves]
@@ -506,14 +511,19 @@ def _is_mixed(leaf: Any) -> bool:
     return isinstance(leaf, MixedWeight)
 
 
-def _expand_adapters(layers: nnx.Module) -> nnx.Module:
+def _expand_adapters(layers: nnx.Module, dtype: DTypeLike | None) -> nnx.Module:
     """A copy in which every adapter and trained parameter has an entry for every layer.
 
-    An adapter has zeros where it has no parameters of its own, a trained parameter the original.
+    An adapter has zeros where it has no parameters of its own, a trained parameter the original. Adapters are
+    ready to be computed with in `dtype`, unless that is None or the layers lie on a mesh.
     """
+    dtype = None if _is_sharded(layers) else dtype
     layers = nnx.merge(*nnx.split(layers))
     for _, module in list(nnx.iter_modules(layers)):
         for name, value in list(vars(module).items()):
-            if isinstance(value, TRAINED) or (name == "adapter" and isinstance(module, Linear) and value):
+            if isinstance(value, TRAINED):
                 setattr(module, name, value.expand(layers.stack))
+            elif name == "adapter" and isinstance(module, Linear) and value:
+                adapter = value.expand(layers.stack)
+                module.adapter = adapter if dtype is None else adapter.prepared(dtype)
     return layers

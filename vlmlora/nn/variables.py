@@ -9,6 +9,10 @@ class Trainable(nnx.Param):
     """A parameter that receives a gradient and optimizer state."""
 
 
+class Prepared(Trainable):
+    """What is computed of one for the layers of a scan, which products read where it lies in the stack."""
+
+
 class Frozen(nnx.Variable):
     """A parameter that never does: no gradient, no optimizer state, no float copy."""
 

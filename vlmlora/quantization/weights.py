@@ -18,6 +18,7 @@ from vlmlora_kernels.nf4 import (
     DYNAMIC_CODE,
     NESTED_BLOCKSIZE,
     NestedAbsmax,
+    Placed,
     dequantize_4bit,
     double_quantize,
     in_lines,
@@ -62,10 +63,8 @@ class Weight(Protocol):
 class Framable(Protocol):
     """A weight that gives out its matrix, of one layer, with others around it."""
 
-    def framed(
-        self, right: Float[Array, "out right"], below: Float[Array, "below wide"]
-    ) -> Float[Array, "high wide"]:
-        """``[[W, right], [below]]`` in the type of `right`; either may be empty."""
+    def framed(self, right: Placed, below: Placed, dtype: DTypeLike) -> Float[Array, "high wide"]:
+        """``[[W, right], [below]]``; either may be empty."""
 
 
 class _Arrays:
@@ -101,15 +100,14 @@ class _Arrays:
 class _Framed:
     """Other matrices around a weight's own, for one that decodes to an array of its own."""
 
-    def framed(
-        self, right: Float[Array, "out right"], below: Float[Array, "below wide"]
-    ) -> Float[Array, "high wide"]:
-        """``[[W, right], [below]]`` in the type of `right`; either may be empty."""
+    def framed(self, right: Placed, below: Placed, dtype: DTypeLike) -> Float[Array, "high wide"]:
+        """``[[W, right], [below]]``; either may be empty."""
+        rows = self.dequantize(dtype)
         # What is empty is left out: as a constant that a scan hoists out of `jax.shard_map` it crashes XLA
         # (jax 0.11).
-        rows = self.dequantize(right.dtype)
-        rows = jnp.concatenate([rows, right], axis=1) if right.size else rows
-        return jnp.concatenate([rows, below]) if below.size else rows
+        if right.size:
+            rows = jnp.concatenate([rows, right.to_the_right(rows.shape[0], dtype)], axis=1)
+        return jnp.concatenate([rows, below.below(rows.shape[1], dtype)]) if below.size else rows
 
 
 def _layer_of(leaf: Leaf, index: int) -> Leaf:
@@ -252,11 +250,9 @@ class NF4Weight(_Arrays):
         decode = functools.partial(self._decode, dtype=dtype)
         return (decode if self.stack is None else jax.vmap(decode))(self.codes, self.absmax)
 
-    def framed(
-        self, right: Float[Array, "out right"], below: Float[Array, "below wide"]
-    ) -> Float[Array, "high wide"]:
-        """``[[W, right], [below]]`` in the type of `right`; either may be empty."""
-        return self._decode(self.codes, self.absmax, dtype=right.dtype, right=right, below=below)
+    def framed(self, right: Placed, below: Placed, dtype: DTypeLike) -> Float[Array, "high wide"]:
+        """``[[W, right], [below]]``; either may be empty."""
+        return self._decode(self.codes, self.absmax, dtype=dtype, right=right, below=below)
 
     def in_lines(self) -> "NF4Weight":
         """A stack as a scan slices it best: kernels then read a layer's scales where they lie."""
@@ -390,11 +386,9 @@ class MixedWeight:
         per_layer = (self.kind, self.index)
         return decode(per_layer) if self.stack is None else jax.lax.map(decode, per_layer)
 
-    def framed(
-        self, right: Float[Array, "out right"], below: Float[Array, "below wide"]
-    ) -> Float[Array, "high wide"]:
-        """``[[W, right], [below]]`` in the type of `right`; either may be empty."""
-        return _switch(self.kind, lambda pool: pool.layer(self.index).framed(right, below), self.pools)
+    def framed(self, right: Placed, below: Placed, dtype: DTypeLike) -> Float[Array, "high wide"]:
+        """``[[W, right], [below]]``; either may be empty."""
+        return _switch(self.kind, lambda pool: pool.layer(self.index).framed(right, below, dtype), self.pools)
 
     def layer(self, index: int | Int[Array, ""]) -> Weight:
         """The weight of one layer as it is stored; under a trace, a mixed weight of one layer."""

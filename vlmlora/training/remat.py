@@ -229,6 +229,11 @@ def keeps_on_host(policy: GradientCheckpointing) -> bool:
     return any(map(may, policy_by_part(policy).values()))
 
 
+def is_own(policy: GradientCheckpointing) -> bool:
+    """Whether a part of the policy is a function of the user's own."""
+    return any(map(callable, policy_by_part(policy).values()))
+
+
 def name_of_policy(policy: GradientCheckpointing) -> str:
     """A policy as short as it can be written: for all parts at once, and by name."""
     parts = {part: _shortest(each) for part, each in policy_by_part(policy).items()}

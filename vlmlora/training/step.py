@@ -29,6 +29,7 @@ from vlmlora.training.remat import (
     CheckpointedLoss,
     GradientCheckpointing,
     has_auto,
+    is_own,
     keeps_on_host,
     name_of_policy,
     policy_by_part,
@@ -176,24 +177,30 @@ _COMPILER_OPTIONS = {
     # the memory are used. (Percent of the 80 % of the device that it counts with.)
     "xla_gpu_memory_limit_slop_factor": 120,
     # Copies of saved values, to and from host memory too, overlap the computation: they run on streams of
-    # their own, of which XLA has none by default, and begin a layer early.
+    # their own, of which XLA has none by default.
     "xla_gpu_executable_num_compute_streams": 4,
-    "xla_gpu_enable_pipelined_host_offloading": True,
     # CUDA graphs hold what is computed between those copies. Not the loops, for within a graph XLA has one
     # stream; but conditionals, which would fetch their index over the link that a layer's input fills.
     "xla_gpu_enable_command_buffer": _GRAPHS,
 }
-_ON_ONE_DEVICE = {
+_WITHOUT_HOST = {
     # Kernels and products that read or write their part of a stack are in the graphs too, where nothing goes
     # to host memory: beside such copies they made a step 8 % slower (7B, 4 × 1024 and 8 × 2048 tokens).
     "xla_gpu_enable_command_buffer": f"{_GRAPHS},DYNAMIC_SLICE_FUSION",
 }
+# `scan_in_place` sends and fetches values in the step before they are needed. In other scans XLA does, and
+# in this one it would once more.
+_PLAIN_SCANS = {"xla_gpu_enable_pipelined_host_offloading": True}
 
 
 def _compiler_options(loss_fn: LossFn, mesh: Mesh | None) -> dict[str, Any]:
     """Of a step with this loss; where it does not say where it keeps values, as if some were on the host."""
-    on_host = not isinstance(loss_fn, CheckpointedLoss) or keeps_on_host(loss_fn.gradient_checkpointing)
-    return _COMPILER_OPTIONS | ({} if on_host or mesh is not None else _ON_ONE_DEVICE)
+    is_known = isinstance(loss_fn, CheckpointedLoss)
+    on_host = not is_known or keeps_on_host(loss_fn.gradient_checkpointing)
+    if mesh is None and not on_host:
+        return _COMPILER_OPTIONS | _WITHOUT_HOST
+    is_plain = mesh is not None or not is_known or is_own(loss_fn.gradient_checkpointing)
+    return _COMPILER_OPTIONS | (_PLAIN_SCANS if is_plain else {})
 
 
 class _Step:

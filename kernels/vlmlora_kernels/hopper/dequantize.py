@@ -41,19 +41,35 @@ class Tuning:
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """bfloat16 matrices around the decoded one; every number a multiple of 8.
+    """bfloat16 matrices around the decoded one; every number of columns is a multiple of 8.
+
+    Of either the upper left part may be given alone, or to the right one that begins at a later column; the
+    rest is zeros. What is given may have more rows, or below more columns, than are taken of it.
 
     Attributes:
         rows: of the decoded matrix.
         columns: of the decoded matrix.
         right: columns of the matrix to its right.
         below: rows of the matrix below, which is as wide as both together.
+        right_start: the first of the columns to the right that are given.
+        right_given: how many are.
+        below_given: how many rows below are given.
+        below_pitch: columns of what is given below.
     """
 
     rows: int
     columns: int
     right: int
     below: int
+    right_start: int
+    right_given: int
+    below_given: int
+    below_pitch: int
+
+    @classmethod
+    def whole(cls, rows: int, columns: int, right: int, below: int) -> "Frame":
+        """One whose matrices are given in full."""
+        return cls(rows, columns, right, below, 0, right, below, columns + right)
 
     @property
     def pitch(self) -> int:
@@ -85,6 +101,22 @@ class Frame:
         """Byte at which word `index` of the matrix below goes."""
         return (index + self.rows * self.pitch // ELEMENTS) << 4
 
+    def source_right(self, t: ModuleType, index: Any) -> tuple[Any, Any]:
+        """Whether word `index` of the matrix to the right is given, None if all are; which of what is."""
+        width, given = self.right // ELEMENTS, self.right_given // ELEMENTS
+        if given == width:
+            return None, index
+        column = index % width - self.right_start // ELEMENTS
+        return column < given, (index // width) * given + column
+
+    def source_below(self, t: ModuleType, index: Any) -> tuple[Any, Any]:
+        """Likewise of the matrix below."""
+        width, given = self.pitch // ELEMENTS, self.below_pitch // ELEMENTS
+        row, column = index // width, index % width
+        if given == width and self.below_given >= self.below:
+            return None, index
+        return t.both(row < self.below_given, column < given), row * given + column
+
 
 def dequantize(
     book: np.ndarray,
@@ -98,7 +130,8 @@ def dequantize(
     """The kernel that decodes `size` elements.
 
     Its inputs are the codes, uint8 [size / 2], then the scales: float32 [blocks], or the four arrays of
-    doubly quantised scales, then what the frame holds to the right and below. Its result is flat.
+    doubly quantised scales, then what is given of the frame's matrices to the right and below, as far as they
+    have any elements. Its result is flat.
 
     Args:
         book: the 16 values.
@@ -115,24 +148,38 @@ def dequantize(
     whole = words % per_block == 0
     is_wide = jnp.dtype(dtype) == jnp.float32
     decoding_blocks = -(-words // per_block)
-    parts = []  # of the frame: words, and where each goes
+    parts = []  # of the frame: words, where each goes, where it is given, and whether any is
     if frame is not None:
-        parts = [(frame.right_words, frame.place_right), (frame.below_words, frame.place_below)]
+        parts = [
+            (frame.right_words, frame.place_right, frame.source_right, frame.right_given > 0),
+            (frame.below_words, frame.place_below, frame.source_below, frame.below_given > 0),
+        ]
         parts = [part for part in parts if part[0]]
-    blocks = [-(-count // threads) for count, _ in parts]
+    blocks = [-(-count // threads) for count, *_ in parts]
+    given_parts = sum(is_given for *_, is_given in parts)
 
     def body(t: ModuleType, inputs: list, out: Any, scratch: list) -> None:
         if not parts:
             decode(t, inputs, out, scratch)
             return
-        inputs, beside = inputs[: -len(parts)], inputs[-len(parts) :]
+        own = len(inputs) - given_parts
+        inputs, beside = inputs[:own], iter(inputs[own:])
         with t.when(t.block() < decoding_blocks):
             decode(t, inputs, out, scratch)
         first = decoding_blocks
-        for (count, place), source, size in zip(parts, beside, blocks, strict=True):
+        for (count, place, source, is_given), size in zip(parts, blocks, strict=True):
             index = (t.block() - first) * threads + t.thread()
             with t.when(t.both(t.Word(first - 1) < t.block(), index < count)):
-                t.store_words(out, place(index), t.load_words(source, index << 4, 4))
+                words = [t.Word(0)] * 4
+                if is_given:
+                    is_there, number = source(t, index)
+                    if is_there is not None:
+                        number = t.select(is_there, number, t.Word(0))
+                    loaded = t.load_words(next(beside), number << 4, 4)
+                    words = [
+                        word if is_there is None else t.select(is_there, word, t.Word(0)) for word in loaded
+                    ]
+                t.store_words(out, place(index), words)
             first += size
 
     def decode(t: ModuleType, inputs: list, out: Any, scratch: list) -> None:
@@ -158,7 +205,7 @@ def dequantize(
 
     return Kernel(
         body,
-        shape=(size + ELEMENTS * sum(count for count, _ in parts),),
+        shape=(size + ELEMENTS * sum(count for count, *_ in parts),),
         dtype=dtype,
         grid=decoding_blocks + sum(blocks),
         warps=tuning.warps,
