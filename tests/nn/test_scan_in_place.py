@@ -160,26 +160,30 @@ def test_carries_of_some_steps_are_returned_with_gradients(keep, uses, on_host):
 
 
 def test_what_leaves_is_copied_when_its_step_is_done():
-    """And is sent by the next step, all of which it has for that: the copy depends on the step's result."""
+    """And is sent by the next step, all of which it has for that; the last step's stays where it is."""
     trained, frozen, x, shared = make()
     scan = scanning(on_host=frozenset({"copied"}))
     loss = make_loss(scan, keeping("copied"), frozen)
     jaxpr = jax.make_jaxpr(jax.grad(loss, has_aux=True))(trained, x, shared)
-    body = next(
-        equation.params["body_jaxpr"].jaxpr
+    forward, backward = (
+        equation
         for equation in equations(jaxpr)
         if equation.primitive.name == "while"
         and any(e.primitive.name == "device_put" for e in equation.params["body_jaxpr"].jaxpr.eqns)
     )
+    body = forward.params["body_jaxpr"].jaxpr
+    carried = body.invars[len(body.invars) - len(body.outvars) :]
     makers = {out: equation for equation in body.eqns for out in equation.outvars}
     (sent,) = [e.invars[0] for e in body.eqns if e.primitive.name == "device_put"]
-    copy = makers[body.outvars[body.invars.index(sent)]]
+    place = carried.index(sent)
+    copy = makers[body.outvars[place]]
     assert copy.primitive.name == "select_n"
     barrier = makers[copy.invars[-1]]
     assert barrier.primitive.name == "optimization_barrier"
     following = barrier.outvars[0]
     used = [e for e in body.eqns if following in e.invars]
     assert any(e.primitive.name in ("broadcast_in_dim", "dynamic_update_slice") for e in used), "the next x"
+    assert forward.outvars[place] in backward.invars
 
 
 def test_without_a_gradient_it_is_a_scan():
@@ -236,7 +240,7 @@ def test_saved_values_are_written_once_into_memory_that_was_not_filled():
 
 
 def test_layers_use_it_on_one_device_for_what_can_be_kept_there(monkeypatch):
-    """Not where a policy keeps nothing, or a layer's input alone, and not for layers on a mesh."""
+    """Not where a policy keeps nothing or what it has no use for, and not for layers on a mesh."""
     monkeypatch.setattr(remat, "_offloads_to_host", lambda: True)
     used = []
 
@@ -254,8 +258,10 @@ def test_layers_use_it_on_one_device_for_what_can_be_kept_there(monkeypatch):
     layers = Layers()
     assert uses(remat_policy("mlp"), layers)
     assert uses(remat_policy({"attention_residual": "save"}), layers)
+    assert uses(remat_policy("unsloth"), layers)
+    assert uses(remat_policy({"layer_input": "offload", "mlp_up": "save"}), layers)
     assert uses(remat_policy({"layer_input": "offload", "qkv": "offload"}), layers)
-    for policy in (True, "unsloth", {"qkv": "save"}, {"layer_input": "offload", "mlp_up": "save"}):
+    for policy in (True, {"qkv": "save"}):
         assert not uses(remat_policy(policy), layers)
     with stacks_as_outputs():
         assert not uses(remat_policy("mlp"), layers)

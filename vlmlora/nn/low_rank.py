@@ -184,7 +184,8 @@ def _products_bwd(room, room_of_x, function, is_tight, residuals, cotangents):
             sides = _behind(sides, dbs)
             in_one_pass = functools.partial(elementwise_in_place, pull_back) if has_kernel else pull_back
             x, *dxs = in_one_pass(_gradient_of_x(sides, room_of_x), *saved)
-            dxs, da = jax.lax.optimization_barrier((dxs, _gradient_of_a(sides, x)))
+            da = _gradient_of_a(sides, x)
+            dxs, _ = jax.lax.optimization_barrier((dxs, da))
         dxs = tuple(dx.reshape(*batch, dx.shape[1]) for dx in dxs)
         return dxs, _as_factors(da, dbs, factors)
 
@@ -485,7 +486,11 @@ def _gradients_of_b(sides: Sequence[_Side]) -> list[jax.Array]:
 
 
 def _behind(sides: Sequence[_Side], *others: Any) -> list[_Side]:
-    """Sides whose products begin when all of this is there."""
+    """Sides whose products begin when all of this is there.
+
+    The others themselves stay before the barrier: a product behind it would not write where a scan collects
+    what it gives.
+    """
     dys, _ = jax.lax.optimization_barrier(([side.dy for side in sides], others))
     return [side._replace(dy=dy) for side, dy in zip(sides, dys, strict=True)]
 
