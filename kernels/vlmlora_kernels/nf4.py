@@ -150,7 +150,9 @@ LINE = 256
 """Bytes of a line: XLA hands a kernel on a GPU its part of a stack without a copy if it begins at one."""
 
 
-def in_lines(absmax: Absmax) -> Absmax:
+def in_lines(
+    absmax: Float[Array, "matrices blocks"] | NestedAbsmax,
+) -> Float[Array, "matrices blocks_and_more"] | NestedAbsmax:
     """Scales of stacked matrices, with those of each filled up to whole lines.
 
     What fills them up is not read: the functions of this module take one matrix's part of them as it is.
@@ -166,7 +168,7 @@ def in_lines(absmax: Absmax) -> Absmax:
     return jax.tree.map(fill, absmax)
 
 
-def _cut(absmax: Absmax, blocks: int) -> Absmax:
+def _cut(absmax, blocks):
     """The scales without what fills up lines."""
     if not isinstance(absmax, NestedAbsmax):
         return absmax[:blocks]

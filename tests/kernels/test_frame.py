@@ -31,7 +31,7 @@ def matrices(out, columns, right, below, seed=0):
 def test_the_kernel_puts_matrices_to_the_right_and_below(out, columns, right, below):
     columns, right = 8 * columns, 8 * right
     codes, scales, beside, under, expected = matrices(out, columns, right, below)
-    frame = Frame.whole(out, columns, right, below)
+    frame = Frame(out, columns, right, below, 0, right, below, columns + right)
     size = out * columns
     kernel = dequantize(CODE_BOOKS["nf4"], size=size, dtype=jnp.bfloat16, nested=True, frame=frame)
     around = [part for part in (beside, under) if part.size]

@@ -1,6 +1,7 @@
 """4-bit codes, scales and products against bitsandbytes on the CPU."""
 
 import copy
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from vlmlora_kernels import (
     dequantize_4bit,
     double_dequantize,
     double_quantize,
+    in_lines,
     matmul_4bit,
     quantize_4bit,
 )
@@ -194,6 +196,29 @@ def test_vmap_over_stacked_weights():
     for i, y in enumerate(multiply(x, codes, absmax)):
         expected = matmul_4bit(x[i], codes[i], absmax[i], shape=(6, 70))
         np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_scales_in_lines_are_the_same_scales(double_quant):
+    def quantize_one(weight):
+        codes, absmax = quantize_4bit(weight)
+        return codes, double_quantize(absmax) if double_quant else absmax
+
+    shape = (40, 1000)
+    codes, absmax = jax.vmap(quantize_one)(
+        jnp.stack([matrix(shape, "float32", seed)[1] for seed in range(3)])
+    )
+    aligned = in_lines(absmax)
+    assert all(leaf[0].nbytes % 256 == 0 for leaf in jax.tree.leaves(aligned))
+    x = jax.random.normal(jax.random.key(0), (2, 1000))
+    for layer in range(3):
+        plain, filled = (jax.tree.map(lambda leaf, n=layer: leaf[n], tree) for tree in (absmax, aligned))
+        decode = functools.partial(dequantize_4bit, codes[layer], shape=shape, dtype="float32")
+        np.testing.assert_array_equal(*(bits(decode(scales)) for scales in (plain, filled)))
+        multiply = functools.partial(matmul_4bit, x, codes[layer], shape=shape)
+        np.testing.assert_array_equal(multiply(plain), multiply(filled))
+    with pytest.raises(ValueError, match="absmax"):
+        dequantize_4bit(codes[0, :500], filled, shape=(1, 1000), dtype="float32")
 
 
 def test_errors_name_what_does_not_fit():

@@ -22,7 +22,7 @@ from vlmlora.lora.apply import (
 )
 from vlmlora.lora.config import LoraConfig
 from vlmlora.lora.init import init_lora
-from vlmlora.lora.layer import Lora
+from vlmlora.lora.layer import Lora, PreparedLora
 from vlmlora.lora.selection import select
 from vlmlora.models.module_table import LinearSpec, linear_modules, module_table
 from vlmlora.models.registry import family_of
@@ -198,6 +198,39 @@ def test_layers_of_different_ranks_hold_their_own_parameters_and_share_one_scan(
     (body, size), (one_body, one_size) = program(ranks), program(dict.fromkeys(ranks, 2))
     assert body == one_body
     assert size - one_size <= 40
+
+
+@pytest.mark.parametrize("tokens", [1, 8], ids=["apart", "in one product"])
+def test_a_prepared_adapter_adds_the_same(tokens):
+    """To few tokens by itself, else in one product with the weight; the gradients are alike too."""
+    adapter, x = stacked_adapter([0, 1]), draw(7, tokens, IN)
+
+    def loss(a, b, is_prepared):
+        arrays, kind = (a, b, adapter.scaling.get_value()), Lora
+        if is_prepared:
+            prepared, kind = Lora(*arrays, layers=(0, 1)).prepared(jnp.float32), PreparedLora
+            arrays = prepared.lora_A.get_value(), prepared.lora_B.get_value()
+        layers = (linear_with(kind(*(array[layer] for array in arrays))) for layer in range(2))
+        return sum(jnp.sum(jnp.sin(linear(x))) for linear in layers)
+
+    factors = adapter.lora_A.get_value(), adapter.lora_B.get_value()
+    expected, found = (
+        jax.value_and_grad(loss, argnums=(0, 1))(*factors, is_prepared) for is_prepared in (False, True)
+    )
+    # float32 sums in another order, for the zeros in between.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+    prepared = adapter.prepared(jnp.bfloat16)
+    assert prepared.lora_A.get_value().shape == (2, R, 64)
+    assert prepared.lora_B.get_value().shape == (2, 64, R)
+    assert prepared.lora_A.get_value().dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    "more", [{"magnitude": draw(5, 2, OUT)}, {"lora_bias": draw(5, 2, OUT)}, {"dropout": 0.5}]
+)
+def test_what_adds_more_than_a_product_is_not_prepared(more):
+    adapter = stacked_adapter([0, 1], **more)
+    assert adapter.prepared(jnp.bfloat16) is adapter
 
 
 def test_a_stacked_adapter_is_not_called_whole_nor_expanded_too_short():

@@ -1,5 +1,6 @@
 """Attention over packed rows: by a dense mask, and as cuDNN is asked for it."""
 
+import functools
 import types
 
 import jax
@@ -7,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.jaxprs import equations
 from tests.nn.fake_cudnn import FakeCudnn, install
 from vlmlora.nn import attention as attention_module
 from vlmlora.nn import cudnn_attention
-from vlmlora.nn.attention import attention, hide_keys
+from vlmlora.nn.attention import attention, attention_by_flag, hide_keys
 from vlmlora.nn.segments import Segments, segment_offsets
 
 LENGTHS = [[3, 1, 6], [5, 7], [12], []]
@@ -143,3 +145,42 @@ def test_hidden_keys_are_seen_by_others_only(arrays):
 def test_too_many_segments_are_an_error():
     with pytest.raises(ValueError, match="row 0 holds 3 segments, its budget 2"):
         segment_offsets(LENGTHS, 2)
+
+
+@pytest.mark.parametrize("flag", [False, True])
+@pytest.mark.parametrize("saved", [None, (), ("attention_output",), ("qkv", "attention_output")])
+def test_one_of_two_attentions_by_a_flag(flag, saved):
+    """Against a plain conditional, under no policy and some; each named value is kept once."""
+    arrays = [jax.random.normal(key, (2, 16, 2, 8)) for key in jax.random.split(jax.random.key(0), 3)]
+    lengths = jnp.array([5, 8, 3, 8], jnp.int32)
+
+    def whole(query, key, value, lengths):
+        return attention(query, key, value)
+
+    def blocks(query, key, value, lengths):
+        parts = [each.reshape(4, 8, *each.shape[2:]) for each in (query, key, value)]
+        return attention(*parts, kv_lengths=lengths).reshape(query.shape)
+
+    def ours(*arguments):
+        return attention_by_flag(arguments[0], whole, blocks, *arguments[1:])
+
+    def plain(flag, *arguments):
+        return jax.lax.cond(flag, whole, blocks, *arguments)
+
+    def loss(choose, arrays, flag):
+        def body(*arrays):
+            return jnp.sin(choose(flag, *(2 * each for each in arrays), lengths))
+
+        if saved is not None:
+            body = jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(*saved))
+        return jnp.sum(body(*arrays) ** 2)
+
+    found, expected = (
+        jax.jit(jax.value_and_grad(functools.partial(loss, choose)))(arrays, jnp.bool_(flag))
+        for choose in (ours, plain)
+    )
+    # The same operations in float32, which XLA may fuse in another way.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
+    jaxpr = jax.make_jaxpr(jax.grad(functools.partial(loss, ours)))(arrays, jnp.bool_(flag))
+    conditionals = sum(equation.primitive.name == "cond" for equation in equations(jaxpr))
+    assert conditionals == (2 if saved is None or "attention_output" in saved else 3), "run again or not"

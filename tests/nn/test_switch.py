@@ -158,6 +158,32 @@ def test_it_runs_within_a_scan_and_under_vmap():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
 
 
+def test_values_of_as_many_elements_share_a_place_and_returned_ones_need_none():
+    def branch(shape):
+        def call(_, operands):
+            (x,) = operands
+            inner = checkpoint_name(jnp.sin(x.reshape(shape)), "inner")
+            return checkpoint_name(jnp.cos(inner) * 3, "result").reshape(x.shape)
+
+        return checkpoint("inner", "result").for_branch(call)
+
+    shapes = [(ROWS // 2, 2 * WIDTH), (ROWS * WIDTH,)]
+    branches = list(map(branch, shapes))
+
+    def loss(index, x):
+        return jnp.sum(switch_saving(branches, index, (), (x,), named_primitives={}) ** 2)
+
+    x = make()[1][0]
+    found = list(equations(jax.make_jaxpr(jax.grad(loss, argnums=1))(jnp.int32(0), x)))
+    forward, _ = (equation for equation in found if equation.primitive.name == "cond")
+    assert [out.aval.shape for out in forward.outvars] == [x.shape, shapes[0]]
+    named = [equation.params["name"] for equation in found if equation.primitive.name == "name"]
+    assert {"inner", "result"} <= set(named)
+    for index in range(2):
+        expected = 18 * jnp.cos(jnp.sin(x)) * -jnp.sin(jnp.sin(x)) * jnp.cos(x)
+        np.testing.assert_allclose(jax.grad(loss, argnums=1)(jnp.int32(index), x), expected, rtol=1e-5)
+
+
 def test_things_that_are_alike_go_together():
     first, second = pair_up([["a", "b", "a"], ["b", "a", "c", "b"]])
     assert first == [("a", 0), ("b", 0), ("a", 1)]

@@ -27,9 +27,6 @@ from vlmlora.nn.saved import computed
 Branch = Callable[[PyTree, PyTree], PyTree]
 """What a branch returns, of the constants and the operands."""
 
-# `jax.checkpoint` rounds what it saves to its own type, which changes nothing.
-_SAME_ELEMENTS = ("reshape", "name", "reduce_precision")
-
 
 def switch_saving(
     branches: Sequence[Branch],
@@ -183,7 +180,8 @@ class _Places:
 
     def needed(self, outputs: Sequence[jax.Array]) -> dict[int, jax.Array]:
         """Those outputs that hold what a branch saves."""
-        return {number: outputs[number] for number in self._names_of_outputs()}
+        numbers = sorted({number for in_outputs in self._in_outputs for number in in_outputs.values()})
+        return {number: outputs[number] for number in numbers}
 
     def take(
         self, branch: int, outputs: Mapping[int, jax.Array], filled: Sequence[jax.Array]
@@ -198,19 +196,14 @@ class _Places:
         self, outputs: Sequence[jax.Array], filled: Sequence[jax.Array]
     ) -> tuple[list[jax.Array], list[jax.Array]]:
         """Outputs and places under the names that their values have in the branches."""
-        of_outputs = self._names_of_outputs()
+        of_outputs = {
+            number: name for trace in self._traces for number, name in _names_of_outputs(trace).items()
+        }
         named = dict(zip(of_outputs, computed([outputs[number] for number in of_outputs]), strict=True))
         named = {number: _named(value, of_outputs[number]) for number, value in named.items()}
         outputs = [named.get(number, output) for number, output in enumerate(outputs)]
         names = [name for (_, _, name), _ in self._all]
         return outputs, [_named(*each) for each in zip(computed(filled), names, strict=True)]
-
-    def _names_of_outputs(self) -> dict[int, str | None]:
-        return {
-            number: trace.names.get(var)
-            for trace, in_outputs in zip(self._traces, self._in_outputs, strict=True)
-            for var, number in in_outputs.items()
-        }
 
 
 def _named(value: jax.Array, name: str | None) -> jax.Array:
@@ -219,18 +212,45 @@ def _named(value: jax.Array, name: str | None) -> jax.Array:
 
 def _in_outputs(trace: Trace) -> dict[Var, int]:
     """The output that holds a saved value, perhaps in another shape, by its number; of those in one."""
-    sources: dict[Var, Var] = {}
-    for equation in trace.jaxpr.eqns:
-        if equation.primitive.name in _SAME_ELEMENTS:
-            source = equation.invars[0]
-            sources[equation.outvars[0]] = sources.get(source, source)
-    numbers = {
-        sources.get(var, var): number
-        for number, var in enumerate(trace.output_vars)
-        if not isinstance(var, Literal)
-    }
+    sources, numbers = _sources(trace), _numbers_of_outputs(trace)
     found = {var: numbers.get(sources.get(var, var)) for var in trace.saved}
     return {var: number for var, number in found.items() if number is not None}
+
+
+def _names_of_outputs(trace: Trace) -> dict[int, str]:
+    """The names that outputs have within a branch, perhaps in another shape."""
+    sources, numbers = _sources(trace), _numbers_of_outputs(trace)
+    found = {numbers.get(sources.get(var, var)): name for var, name in trace.names.items()}
+    return {number: name for number, name in found.items() if number is not None}
+
+
+def _numbers_of_outputs(trace: Trace) -> dict[Var, int]:
+    """The number of the output that has the elements of a value."""
+    sources = _sources(trace)
+    outputs = enumerate(trace.output_vars)
+    return {sources.get(var, var): number for number, var in outputs if not isinstance(var, Literal)}
+
+
+def _sources(trace: Trace) -> dict[Var, Var]:
+    """Of values that others are given to in another shape or under a name: whose elements they have."""
+    sources: dict[Var, Var] = {}
+    for equation in trace.jaxpr.eqns:
+        if _has_same_elements(equation):
+            source = equation.invars[0]
+            sources[equation.outvars[0]] = sources.get(source, source)
+    return sources
+
+
+def _has_same_elements(equation: Any) -> bool:
+    """Whether an equation gives what it is given, in another shape or under a name."""
+    if isinstance(equation.invars[0] if equation.invars else None, Literal | None):
+        return False
+    if equation.primitive.name == "reduce_precision":
+        # `jax.checkpoint` rounds what it saves to its own type, which changes nothing.
+        bits = jnp.finfo(equation.outvars[0].aval.dtype)
+        rounded = equation.params["exponent_bits"], equation.params["mantissa_bits"]
+        return rounded == (bits.nexp, bits.nmant)
+    return equation.primitive.name in ("reshape", "name")
 
 
 def pair_up(kinds: Sequence[Sequence[Hashable]]) -> list[list[tuple[Hashable, int]]]:

@@ -66,11 +66,6 @@ class Frame:
     below_given: int
     below_pitch: int
 
-    @classmethod
-    def whole(cls, rows: int, columns: int, right: int, below: int) -> "Frame":
-        """One whose matrices are given in full."""
-        return cls(rows, columns, right, below, 0, right, below, columns + right)
-
     @property
     def pitch(self) -> int:
         """Elements from row to row of the result."""
@@ -102,7 +97,7 @@ class Frame:
         return (index + self.rows * self.pitch // ELEMENTS) << 4
 
     def source_right(self, t: ModuleType, index: Any) -> tuple[Any, Any]:
-        """Whether word `index` of the matrix to the right is given, None if all are; which of what is."""
+        """Whether word `index` of the matrix to the right is given (None: all are), and its number there."""
         width, given = self.right // ELEMENTS, self.right_given // ELEMENTS
         if given == width:
             return None, index
