@@ -147,9 +147,8 @@ def test_too_many_segments_are_an_error():
         segment_offsets(LENGTHS, 2)
 
 
-@pytest.mark.parametrize("flag", [False, True])
-@pytest.mark.parametrize("saved", [None, (), ("attention_output",), ("qkv", "attention_output")])
-def test_one_of_two_attentions_by_a_flag(flag, saved):
+@pytest.mark.parametrize("saved", [None, (), ("qkv", "attention_output")])
+def test_one_of_two_attentions_by_a_flag(saved):
     """Against a plain conditional, under no policy and some; each named value is kept once."""
     arrays = [jax.random.normal(key, (2, 16, 2, 8)) for key in jax.random.split(jax.random.key(0), 3)]
     lengths = jnp.array([5, 8, 3, 8], jnp.int32)
@@ -175,12 +174,11 @@ def test_one_of_two_attentions_by_a_flag(flag, saved):
             body = jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(*saved))
         return jnp.sum(body(*arrays) ** 2)
 
-    found, expected = (
-        jax.jit(jax.value_and_grad(functools.partial(loss, choose)))(arrays, jnp.bool_(flag))
-        for choose in (ours, plain)
-    )
-    # The same operations in float32, which XLA may fuse in another way.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
-    jaxpr = jax.make_jaxpr(jax.grad(functools.partial(loss, ours)))(arrays, jnp.bool_(flag))
+    compute = [jax.jit(jax.value_and_grad(functools.partial(loss, choose))) for choose in (ours, plain)]
+    for flag in jnp.array([False, True]):
+        found, expected = (each(arrays, flag) for each in compute)
+        # The same operations in float32, which XLA may fuse in another way.
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
+    jaxpr = jax.make_jaxpr(jax.grad(functools.partial(loss, ours)))(arrays, flag)
     conditionals = sum(equation.primitive.name == "cond" for equation in equations(jaxpr))
     assert conditionals == (2 if saved is None or "attention_output" in saved else 3), "run again or not"
