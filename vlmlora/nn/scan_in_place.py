@@ -152,13 +152,14 @@ def _forward(one_step: OneStep, places: _Places, length: int, constants, x, leav
     trace, closed_over = _trace(one_step, places, is_moving, constants, x, leaves)
     numbers = {var: number for number, var in enumerate(trace.saved)}
     stacks = [_empty(length, var.aval, numbers[var], on_host=places.sends(trace, var)) for var in trace.saved]
-    sent = {number: _one(var.aval) for var, number in numbers.items() if places.sends(trace, var)}
+    # What the first step sends nobody has written, and nobody reads where it goes.
+    values_sent = {number: _one(var.aval) for var, number in numbers.items() if places.sends(trace, var)}
+    sent = _one(x) if places.x_on_host else None, values_sent
     kept = None
     if places.x_on_host:
         xs, kept = _empty(length, x, len(stacks), on_host=True), _room_for_kept(x, places.keep)
-        sent = _one(x), sent
     else:
-        xs, x, sent = _put(jax.lax.empty((length + 1, *x.shape), x.dtype), x, 0), None, (None, sent)
+        xs, x = _put(jax.lax.empty((length + 1, *x.shape), x.dtype), x, 0), None
 
     def body(number: jax.Array, carry: Any, leaves: Sequence[jax.Array]) -> Any:
         x, kept, xs, stacks, (sent_x, sent) = carry
@@ -225,6 +226,7 @@ def _backward(one_step: OneStep, places: _Places, length: int, residuals: _Resid
         ]
         gradients = trace.backward(residuals.closed_over, [*constants, x, *leaves], saved, {0: dx} | given)
         sums = [total + gradients[each] for total, each in zip(sums, of_constants, strict=True)]
+        # Of the step that comes next, which is the one before; the last one fetches what nobody reads.
         next_x = _to_device(_take(residuals.xs, number)) if places.x_on_host else None
         fetched = {each: _to_device(_take(residuals.stacks[each], number)) for each in fetched}
         carry = gradients[len(constants)], sums, (next_x, fetched)

@@ -152,10 +152,10 @@ class _Places:
 
     def __init__(self, traces: Sequence[Trace]):
         self._traces = traces
-        self._in_outputs = [_in_outputs(trace) for trace in traces]
+        self._numbers = [_numbers_of_outputs(trace) for trace in traces]
         self._placed = [
-            [var for var in trace.saved if var not in in_outputs]
-            for trace, in_outputs in zip(traces, self._in_outputs, strict=True)
+            [var for var in trace.saved if var not in numbers]
+            for trace, numbers in zip(traces, self._numbers, strict=True)
         ]
         self._of_branches = pair_up(
             [
@@ -180,8 +180,12 @@ class _Places:
 
     def needed(self, outputs: Sequence[jax.Array]) -> dict[int, jax.Array]:
         """Those outputs that hold what a branch saves."""
-        numbers = sorted({number for in_outputs in self._in_outputs for number in in_outputs.values()})
-        return {number: outputs[number] for number in numbers}
+        return {
+            numbers[var]: outputs[numbers[var]]
+            for trace, numbers in zip(self._traces, self._numbers, strict=True)
+            for var in trace.saved
+            if var in numbers
+        }
 
     def take(
         self, branch: int, outputs: Mapping[int, jax.Array], filled: Sequence[jax.Array]
@@ -189,15 +193,19 @@ class _Places:
         """What a branch has saved."""
         by_place = dict(zip(self._all, filled, strict=True))
         found = dict(zip(self._placed[branch], map(by_place.get, self._of_branches[branch]), strict=True))
-        found |= {var: outputs[number] for var, number in self._in_outputs[branch].items()}
-        return [found[var].reshape(var.aval.shape) for var in self._traces[branch].saved]
+        saved, numbers = self._traces[branch].saved, self._numbers[branch]
+        found |= {var: outputs[numbers[var]] for var in saved if var in numbers}
+        return [found[var].reshape(var.aval.shape) for var in saved]
 
     def name(
         self, outputs: Sequence[jax.Array], filled: Sequence[jax.Array]
     ) -> tuple[list[jax.Array], list[jax.Array]]:
         """Outputs and places under the names that their values have in the branches."""
         of_outputs = {
-            number: name for trace in self._traces for number, name in _names_of_outputs(trace).items()
+            numbers[var]: name
+            for trace, numbers in zip(self._traces, self._numbers, strict=True)
+            for var, name in trace.names.items()
+            if var in numbers
         }
         named = dict(zip(of_outputs, computed([outputs[number] for number in of_outputs]), strict=True))
         named = {number: _named(value, of_outputs[number]) for number, value in named.items()}
@@ -210,40 +218,21 @@ def _named(value: jax.Array, name: str | None) -> jax.Array:
     return value if name is None else checkpoint_name(value, name)
 
 
-def _in_outputs(trace: Trace) -> dict[Var, int]:
-    """The output that holds a saved value, perhaps in another shape, by its number; of those in one."""
-    sources, numbers = _sources(trace), _numbers_of_outputs(trace)
-    found = {var: numbers.get(sources.get(var, var)) for var in trace.saved}
-    return {var: number for var, number in found.items() if number is not None}
-
-
-def _names_of_outputs(trace: Trace) -> dict[int, str]:
-    """The names that outputs have within a branch, perhaps in another shape."""
-    sources, numbers = _sources(trace), _numbers_of_outputs(trace)
-    found = {numbers.get(sources.get(var, var)): name for var, name in trace.names.items()}
-    return {number: name for number, name in found.items() if number is not None}
-
-
 def _numbers_of_outputs(trace: Trace) -> dict[Var, int]:
-    """The number of the output that has the elements of a value."""
-    sources = _sources(trace)
-    outputs = enumerate(trace.output_vars)
-    return {sources.get(var, var): number for number, var in outputs if not isinstance(var, Literal)}
-
-
-def _sources(trace: Trace) -> dict[Var, Var]:
-    """Of values that others are given to in another shape or under a name: whose elements they have."""
+    """The values that a branch returns, perhaps in another shape, and each one's number among the outputs."""
     sources: dict[Var, Var] = {}
     for equation in trace.jaxpr.eqns:
         if _has_same_elements(equation):
             source = equation.invars[0]
             sources[equation.outvars[0]] = sources.get(source, source)
-    return sources
+    outputs = enumerate(trace.output_vars)
+    numbers = {sources.get(var, var): number for number, var in outputs if not isinstance(var, Literal)}
+    return numbers | {var: numbers[source] for var, source in sources.items() if source in numbers}
 
 
 def _has_same_elements(equation: Any) -> bool:
     """Whether an equation gives what it is given, in another shape or under a name."""
-    if isinstance(equation.invars[0] if equation.invars else None, Literal | None):
+    if not equation.invars or isinstance(equation.invars[0], Literal):
         return False
     if equation.primitive.name == "reduce_precision":
         # `jax.checkpoint` rounds what it saves to its own type, which changes nothing.

@@ -10,7 +10,7 @@ class Trainable(nnx.Param):
 
 
 class Prepared(Trainable):
-    """What is computed of one for the layers of a scan, which products read where it lies in the stack."""
+    """What is computed of a parameter for all layers before a scan; products read a layer's in the stack."""
 
 
 class Frozen(nnx.Variable):
