@@ -146,10 +146,15 @@ def test_mixed_layers_equal_a_loop(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("policy", "again"), [(True, 2), ({"mlp_up": "save"}, 0), ("mlp", 0), ("unsloth", 2)], ids=str
+    ("policy", "again", "steps"),
+    [(True, 2, 1), ({"mlp_up": "save"}, 0, 1), ("mlp", 0, 1), ("unsloth", 2, 3)],
+    ids=str,
 )
-def test_what_mixed_layers_keep_is_not_computed_again(policy, again, monkeypatch):
-    """Of either kind the product with the frozen weight, where its result is not kept."""
+def test_what_mixed_layers_keep_is_not_computed_again(policy, again, steps, monkeypatch):
+    """Of either kind the product with the frozen weight, where its result is not kept.
+
+    Of every step that the program has: one to a loop's body or, with host memory, two and another beside it.
+    """
     monkeypatch.setattr(remat, "_offloads_to_host", lambda: True)
     stacks, x, shared, arrays = make()
     graphdefs, trained, frozen = zip(*(nnx.split(each, Trainable, ...) for each in stacks), strict=True)
@@ -171,7 +176,7 @@ def test_what_mixed_layers_keep_is_not_computed_again(policy, again, monkeypatch
             for equation in equations(jaxpr)
         )
 
-    assert products(policy) == products(False) + again
+    assert products(policy) == steps * (products(False) + again)
 
 
 def test_gradients_go_to_the_layer_of_the_step_and_what_is_alike_shares_an_array():

@@ -6,9 +6,10 @@ as memory that nobody has written. A value is put into its place as soon as it i
 reads it from the stack. So its place is all that a product's result is needed for, and XLA lets the product
 write to it.
 
-What goes to host memory leaves while all of the next step runs: a step's values are copied when it ends, and
-the next step sends those copies off. In the backward pass a step fetches those of the step that comes next.
-The last step's values stay on the device, where the backward pass begins with them.
+What goes to host memory leaves while all of the next step runs: a step leaves its values in the carry, and
+the next one sends them off. In the backward pass a step fetches those of the step that comes next. The last
+step's values stay on the device, where the backward pass begins with them. So that a step's values lie
+elsewhere than those that are under way, the loop has two steps in its body.
 """
 
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -75,6 +76,8 @@ def scan_in_place(
     x, outputs, kept = _scan(one_step, places, length, list(closed.consts), x, leaves)
     return x, jax.tree.unflatten(jax.tree.structure(ys), outputs), kept
 
+
+_STEPS_OF_A_PAIR = 2
 
 OneStep = Callable[[Sequence[Value], Sequence[jax.Array]], list[Value]]
 """The next x and the outputs of one step, from constants and from x and the step's slices."""
@@ -152,9 +155,12 @@ def _forward(one_step: OneStep, places: _Places, length: int, constants, x, leav
     trace, closed_over = _trace(one_step, places, is_moving, constants, x, leaves)
     numbers = {var: number for number, var in enumerate(trace.saved)}
     stacks = [_empty(length, var.aval, numbers[var], on_host=places.sends(trace, var)) for var in trace.saved]
-    # What the first step sends nobody has written, and nobody reads where it goes.
-    values_sent = {number: _one(var.aval) for var, number in numbers.items() if places.sends(trace, var)}
-    sent = _one(x) if places.x_on_host else None, values_sent
+    # The first step sends nothing if it stands before the loop. Else what it sends nobody has written, and
+    # nobody reads where it goes.
+    sent = None, {}
+    if length % _STEPS_OF_A_PAIR == 0:
+        values_sent = {number: _one(var.aval) for var, number in numbers.items() if places.sends(trace, var)}
+        sent = _one(x) if places.x_on_host else None, values_sent
     kept = None
     if places.x_on_host:
         xs, kept = _empty(length, x, len(stacks), on_host=True), _room_for_kept(x, places.keep)
@@ -173,28 +179,30 @@ def _forward(one_step: OneStep, places: _Places, length: int, constants, x, leav
             if places.sends(trace, var):
                 leaving[numbers[var]] = value
                 return value
-            stacks[numbers[var]] = stack = _put(stacks[numbers[var]], value, number)
+            # A mere copy would be one more beside those to host memory, and wait for them.
+            copied = computed([value])[0] if places.on_host else value
+            stacks[numbers[var]] = stack = _put(stacks[numbers[var]], copied, number)
             if trace.names.get(var) not in places.in_place:
                 return value
             # Behind the barrier XLA does not know that what is read is what was written. The stack itself
             # goes straight to the next step, without which no product would write to it.
             return _take(jax.lax.optimization_barrier(stack), number)
 
-        if places.x_on_host:
+        if sent_x is not None:
             xs = _put(xs, _to_host(sent_x), number)
-        else:
+        if not places.x_on_host:
             x = _take(xs, number)
         (result, *outputs), _ = trace.forward(closed_over, [*constants, x, *leaves], keep)
         if leaving or places.x_on_host:
             of_step = (x if places.x_on_host else None, leaving)
-            result, of_step = jax.lax.optimization_barrier((result, of_step))
-            values, structure = jax.tree.flatten(of_step)
-            sent_x, sent = jax.tree.unflatten(structure, computed(values))
+            result, (sent_x, sent) = jax.lax.optimization_barrier((result, of_step))
         if places.x_on_host:
             return (result, _keep(kept, result, number, places.keep), xs, stacks, (sent_x, sent)), outputs
         return (None, None, _put(xs, result, number + 1), stacks, (sent_x, sent)), outputs
 
-    (x, kept, xs, stacks, last), outputs = _loop(body, (x, kept, xs, stacks, sent), leaves, length)
+    start = x, kept, xs, stacks, sent
+    end, outputs = _loop(body, start, leaves, length, in_pairs=bool(places.on_host))
+    x, kept, xs, stacks, last = end
     residuals = _Residuals(constants, leaves, xs, stacks, last, closed_over, trace)
     if places.x_on_host:
         return (x, outputs, _cut(kept, places.keep)), residuals
@@ -219,6 +227,14 @@ def _backward(one_step: OneStep, places: _Places, length: int, residuals: _Resid
         if d_kept is not None:
             place, is_kept = _place_of_kept(number, places.keep)
             dx += jnp.where(is_kept, _take(d_kept, place), 0)
+        # Of the step that comes next, which is the one before; the last one fetches what nobody reads. The
+        # barriers keep that from beginning before this step and from ending after it.
+        on_host = (
+            residuals.xs if places.x_on_host else None,
+            {each: residuals.stacks[each] for each in fetched},
+        )
+        dx, on_host = jax.lax.optimization_barrier((dx, on_host))
+        coming = jax.tree.map(lambda stack: _to_device(_take(stack, number)), on_host)
         x = x if places.x_on_host else _take(residuals.xs, number)
         saved = [
             fetched[each] if each in fetched else _take(stack, number)
@@ -226,15 +242,13 @@ def _backward(one_step: OneStep, places: _Places, length: int, residuals: _Resid
         ]
         gradients = trace.backward(residuals.closed_over, [*constants, x, *leaves], saved, {0: dx} | given)
         sums = [total + gradients[each] for total, each in zip(sums, of_constants, strict=True)]
-        # Of the step that comes next, which is the one before; the last one fetches what nobody reads.
-        next_x = _to_device(_take(residuals.xs, number)) if places.x_on_host else None
-        fetched = {each: _to_device(_take(residuals.stacks[each], number)) for each in fetched}
-        carry = gradients[len(constants)], sums, (next_x, fetched)
-        return carry, [gradients[each] for each in of_leaves]
+        dx, coming = jax.lax.optimization_barrier((gradients[len(constants)], coming))
+        return (dx, sums, coming), [gradients[each] for each in of_leaves]
 
     sums = [jnp.zeros(constants[each].shape, constants[each].dtype) for each in of_constants]
-    carry = dx, sums, residuals.last
-    (dx, sums, _), d_leaves = _loop(body, carry, (residuals.leaves, given), length, is_reverse=True)
+    carry, slices = (dx, sums, residuals.last), (residuals.leaves, given)
+    end, d_leaves = _loop(body, carry, slices, length, is_reverse=True, in_pairs=bool(places.on_host))
+    dx, sums, _ = end
     gradients = dict(zip(of_constants, sums, strict=True)) | dict(zip(of_leaves, d_leaves, strict=True))
     first = len(constants) + 1
     return (
@@ -277,26 +291,52 @@ def _loop(
     length: int,
     *,
     is_reverse: bool = False,
+    in_pairs: bool = False,
 ) -> tuple[PyTree, PyTree]:
     """``jax.lax.scan`` of a body that is also given the step's number, which is the loop's counter.
 
     XLA lets a product read and write its part of a stack only where that follows from the counter. And the
     outputs' stacks begin as memory that nobody has written.
+
+    Args:
+        body: of a step's number, the carry and the slices to the next carry and the outputs.
+        carry: for the first step.
+        slices: arrays with a leading axis over the steps.
+        length: number of steps.
+        is_reverse: the last step comes first.
+        in_pairs: two steps to the loop's body and, if their number is odd, step 0 before or behind the loop.
+            What a step makes for the carry while what it was given is still in use then takes the place of
+            what the step before was given; with one step to the body XLA copies it.
     """
 
     def step(count: jax.Array, carry: PyTree) -> tuple[jax.Array, PyTree, PyTree]:
         number = length - 1 - count if is_reverse else count
         return number, *body(number, carry, jax.tree.map(lambda leaf: _take(leaf, number), slices))
 
-    def and_put(state: Any) -> Any:
-        count, carry, stacks = state
+    def and_put(count: jax.Array, carry: PyTree, stacks: PyTree) -> tuple[PyTree, PyTree]:
         number, carry, outputs = step(count, carry)
-        return count + 1, carry, jax.tree.map(lambda stack, y: _put(stack, y, number), stacks, outputs)
+        return carry, jax.tree.map(lambda stack, y: _put(stack, y, number), stacks, outputs)
 
     _, _, outputs = jax.eval_shape(step, jnp.int32(0), carry)
     stacks = jax.tree.map(lambda y: jax.lax.empty((length, *y.shape), y.dtype), outputs)
-    start = jnp.int32(0), carry, stacks
-    return jax.lax.while_loop(lambda state: state[0] < length, and_put, start)[1:]
+    in_body = _STEPS_OF_A_PAIR if in_pairs else 1
+    alone = length % in_body
+    first, end = (0, length - alone) if is_reverse else (alone, length)
+    one = jax.jit(and_put) if in_pairs else and_put  # Traced once.
+
+    def several(state: Any) -> Any:
+        count, *state = state
+        for number in range(in_body):
+            state = one(count + number, *state)
+        return count + in_body, *state
+
+    state = carry, stacks
+    if first:
+        state = one(jnp.int32(0), *state)
+    _, *state = jax.lax.while_loop(lambda state: state[0] < end, several, (jnp.int32(first), *state))
+    if end < length:
+        state = one(jnp.int32(end), *state)
+    return tuple(state)
 
 
 def _room_for_kept(x: jax.Array, keep: Sequence[int]) -> jax.Array | None:

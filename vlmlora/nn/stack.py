@@ -83,7 +83,10 @@ def add_attended(
 
     Whoever saves it need not run attention's output projection again.
     """
-    return name_for_policies(x + attended, ATTENTION_RESIDUAL)
+    # As the matrix that products take: XLA then knows that it is used elsewhere than in the product that is
+    # added to it next, and does not copy it to add that in its place.
+    rows = x.reshape(-1, x.shape[-1]) + attended.reshape(-1, x.shape[-1])
+    return name_for_policies(rows, ATTENTION_RESIDUAL).reshape(x.shape)
 
 
 def scan_layers(
