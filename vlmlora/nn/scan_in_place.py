@@ -77,8 +77,6 @@ def scan_in_place(
     return x, jax.tree.unflatten(jax.tree.structure(ys), outputs), kept
 
 
-_STEPS_OF_A_PAIR = 2
-
 OneStep = Callable[[Sequence[Value], Sequence[jax.Array]], list[Value]]
 """The next x and the outputs of one step, from constants and from x and the step's slices."""
 
@@ -158,7 +156,7 @@ def _forward(one_step: OneStep, places: _Places, length: int, constants, x, leav
     # The first step sends nothing if it stands before the loop. Else what it sends nobody has written, and
     # nobody reads where it goes.
     sent = None, {}
-    if length % _STEPS_OF_A_PAIR == 0:
+    if length % 2 == 0:
         values_sent = {number: _one(var.aval) for var, number in numbers.items() if places.sends(trace, var)}
         sent = _one(x) if places.x_on_host else None, values_sent
     kept = None
@@ -311,7 +309,11 @@ def _loop(
 
     def step(count: jax.Array, carry: PyTree) -> tuple[jax.Array, PyTree, PyTree]:
         number = length - 1 - count if is_reverse else count
-        return number, *body(number, carry, jax.tree.map(lambda leaf: _take(leaf, number), slices))
+        of_all = slices
+        if in_pairs:
+            # Else XLA prepares the weights of all steps of a body at once.
+            carry, of_all = jax.lax.optimization_barrier((carry, slices))
+        return number, *body(number, carry, jax.tree.map(lambda leaf: _take(leaf, number), of_all))
 
     def and_put(count: jax.Array, carry: PyTree, stacks: PyTree) -> tuple[PyTree, PyTree]:
         number, carry, outputs = step(count, carry)
@@ -319,7 +321,7 @@ def _loop(
 
     _, _, outputs = jax.eval_shape(step, jnp.int32(0), carry)
     stacks = jax.tree.map(lambda y: jax.lax.empty((length, *y.shape), y.dtype), outputs)
-    in_body = _STEPS_OF_A_PAIR if in_pairs else 1
+    in_body = 2 if in_pairs else 1
     alone = length % in_body
     first, end = (0, length - alone) if is_reverse else (alone, length)
     one = jax.jit(and_put) if in_pairs else and_put  # Traced once.
