@@ -187,9 +187,12 @@ def test_what_leaves_is_sent_by_the_next_step():
     body = forward.params["body_jaxpr"].jaxpr
     first, second = (equation for equation in body.eqns if "jaxpr" in equation.params)
     step = first.params["jaxpr"].jaxpr
-    (sent,) = [e.invars[0] for e in step.eqns if e.primitive.name == "device_put"]
-    place = first.outvars.index(second.invars[step.invars.index(sent)])
     makers = {out: equation for equation in step.eqns for out in equation.outvars}
+    (sent,) = [e.invars[0] for e in step.eqns if e.primitive.name == "device_put"]
+    barrier = makers[sent]
+    assert barrier.primitive.name == "optimization_barrier"
+    given = barrier.invars[barrier.outvars.index(sent)]
+    place = first.outvars.index(second.invars[step.invars.index(given)])
     barrier = makers[step.outvars[place]]
     assert barrier.primitive.name == "optimization_barrier"
     following = barrier.outvars[0]
