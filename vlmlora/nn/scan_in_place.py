@@ -225,14 +225,15 @@ def _backward(one_step: OneStep, places: _Places, length: int, residuals: _Resid
         if d_kept is not None:
             place, is_kept = _place_of_kept(number, places.keep)
             dx += jnp.where(is_kept, _take(d_kept, place), 0)
-        # Of the step that comes next, which is the one before; the last one fetches what nobody reads. The
-        # barriers keep that from beginning before this step and from ending after it.
-        on_host = (
+        # Of the step that comes next, which is the one before; the last one fetches what nobody reads.
+        # Barriers keep that from beginning before this step and from ending after it.
+        coming = (
             residuals.xs if places.x_on_host else None,
             {each: residuals.stacks[each] for each in fetched},
         )
-        dx, on_host = jax.lax.optimization_barrier((dx, on_host))
-        coming = jax.tree.map(lambda stack: _to_device(_take(stack, number)), on_host)
+        if places.on_host:
+            dx, coming = jax.lax.optimization_barrier((dx, coming))
+        coming = jax.tree.map(lambda stack: _to_device(_take(stack, number)), coming)
         x = x if places.x_on_host else _take(residuals.xs, number)
         saved = [
             fetched[each] if each in fetched else _take(stack, number)
@@ -240,7 +241,9 @@ def _backward(one_step: OneStep, places: _Places, length: int, residuals: _Resid
         ]
         gradients = trace.backward(residuals.closed_over, [*constants, x, *leaves], saved, {0: dx} | given)
         sums = [total + gradients[each] for total, each in zip(sums, of_constants, strict=True)]
-        dx, coming = jax.lax.optimization_barrier((gradients[len(constants)], coming))
+        dx = gradients[len(constants)]
+        if places.on_host:
+            dx, coming = jax.lax.optimization_barrier((dx, coming))
         return (dx, sums, coming), [gradients[each] for each in of_leaves]
 
     sums = [jnp.zeros(constants[each].shape, constants[each].dtype) for each in of_constants]
@@ -328,8 +331,8 @@ def _loop(
 
     def several(state: Any) -> Any:
         count, *state = state
-        for number in range(in_body):
-            state = one(count + number, *state)
+        for place in range(in_body):
+            state = one(count + place, *state)
         return count + in_body, *state
 
     state = carry, stacks
