@@ -202,6 +202,30 @@ def test_what_leaves_is_sent_by_the_next_step():
     assert last in backward.invars
 
 
+@pytest.mark.parametrize(
+    ("in_place", "on_host", "expected"), [((), ("x",), 2), (SAVED, ("x",), 0), ((), (), 0)]
+)
+def test_beside_copies_to_the_host_what_stays_is_computed_into_its_stack(in_place, on_host, expected):
+    """Not where a product itself computes it there, nor where nothing goes to the host."""
+    trained, frozen, x, shared = make(steps=4)
+    scan = scanning(in_place=frozenset(in_place), on_host=frozenset(on_host), name_of_x="x")
+    gradient = jax.grad(make_loss(scan, keeping(*SAVED), frozen), has_aux=True)
+    forward = next(
+        equation
+        for equation in equations(jax.make_jaxpr(gradient)(trained, x, shared))
+        if equation.primitive.name == "while"
+    )
+    inside = list(equations(forward.params["body_jaxpr"]))
+    makers = {out: equation for equation in inside for out in equation.outvars}
+    computed = 0
+    for update in (e for e in inside if e.primitive.name == "dynamic_update_slice"):
+        lifted = makers[update.invars[1]]
+        maker = makers.get(lifted.invars[0])
+        computed += maker is not None and maker.primitive.name == "select_n"
+    steps = 2 if on_host else 1
+    assert computed == steps * expected
+
+
 def test_without_a_gradient_it_is_a_scan():
     trained, frozen, x, shared = make()
     scan = scanning(in_place=frozenset(SAVED))

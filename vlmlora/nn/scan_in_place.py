@@ -177,10 +177,13 @@ def _forward(one_step: OneStep, places: _Places, length: int, constants, x, leav
             if places.sends(trace, var):
                 leaving[numbers[var]] = value
                 return value
-            # A mere copy would be one more beside those to host memory, and wait for them.
-            copied = computed([value])[0] if places.on_host else value
-            stacks[numbers[var]] = stack = _put(stacks[numbers[var]], copied, number)
-            if trace.names.get(var) not in places.in_place:
+            is_in_place = trace.names.get(var) in places.in_place
+            kept_value = value
+            if places.on_host and not is_in_place:
+                # A mere copy would be one more beside those to host memory, and wait for them.
+                (kept_value,) = computed([value])
+            stacks[numbers[var]] = stack = _put(stacks[numbers[var]], kept_value, number)
+            if not is_in_place:
                 return value
             # Behind the barrier XLA does not know that what is read is what was written. The stack itself
             # goes straight to the next step, without which no product would write to it.
@@ -327,7 +330,8 @@ def _loop(
     in_body = 2 if in_pairs else 1
     alone = length % in_body
     first, end = (0, length - alone) if is_reverse else (alone, length)
-    one = jax.jit(and_put) if in_pairs else and_put  # Traced once.
+    # A jitted step is traced and lowered once for all of its places that are given the same kind of carry.
+    one = jax.jit(and_put) if in_pairs else and_put
 
     def several(state: Any) -> Any:
         count, *state = state
