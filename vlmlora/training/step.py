@@ -170,6 +170,9 @@ _GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL"
 _COMPILER_OPTIONS = {
     # Triton's products want other widths than those of low-rank products, and pad, which copies whole arrays.
     "xla_gpu_enable_triton_gemm": False,
+    # Products of one array stay apart: joined, as XLA would have the smaller ones, their weights would be
+    # copied to be beside each other, and what they give to be apart again.
+    "xla_gpu_dot_merger_threshold_mb": 0,
     # Time the algorithms of a product, but do not compare their results: that takes more copies of the
     # head's, which made the peak of the whole process (7B, 4 × 1024 tokens: 8.04 GiB instead of 7.68).
     "xla_gpu_autotune_level": 2,
