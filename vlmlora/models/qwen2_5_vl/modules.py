@@ -80,7 +80,9 @@ class VisionAttention(nnx.Module):
         """
         x, (qkv,) = apply_to_normed(norm, x, self.qkv, key=key)
         qkv = qkv.reshape(*x.shape[:2], 3, self.num_heads, self.head_dim)
-        query, keys, values = (qkv[:, :, i] for i in range(3))
+        # Gradients of parts that are split off stand side by side; those of parts by their index are padded
+        # and added.
+        query, keys, values = (each.squeeze(2) for each in jnp.split(qkv, 3, axis=2))
         query, keys = apply_rotary(query, rotary), apply_rotary(keys, rotary)
         return add_attended(x, self.proj(attend(query, keys, values).reshape(x.shape), key=key))
 
