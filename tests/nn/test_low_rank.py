@@ -140,6 +140,19 @@ def test_what_a_function_gives_is_not_saved():
     assert (*x.shape[:-1], 5) in saved
 
 
+def test_of_an_x_without_room_that_itself_is_saved():
+    x, (weight,), factors = problem(24, [7], [5], "dense")
+
+    def saved(x):
+        pulled = jax.vjp(lambda x: low_rank_products(x, [weight], factors)[0], x)[1]
+        return [leaf.size for leaf in jax.tree.leaves(pulled) if leaf.ndim > 1]
+
+    rows, room = x.size // 24, room_for(24, [5])
+    assert x.size in saved(x)
+    assert rows * (24 + room) not in saved(x)
+    assert rows * (24 + room) in saved(jnp.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, room)]))
+
+
 def test_gradients_written_over_the_functions_arguments_are_the_same(monkeypatch):
     """The kernel, which only a GPU runs, in Pallas' interpreter."""
     x, (gate, up), first = problem(16, [24, 24], [4, 4], "nf4", tokens=(4, 8))

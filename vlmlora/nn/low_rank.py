@@ -157,7 +157,9 @@ def _products_fwd(xs, weights, factors, room, room_of_x, function, is_tight, bia
                 right = Placed(columns.at[:, ranks].set(bias.astype(x.dtype)), width)
             y = _contract(wide, weight.framed(right, Placed(None, room), x.dtype), (1, 1))
             products.append(y if has_ones else add_bias(y, bias))
-        saved = (wide,) if function is None else ()
+        # The backward pass asks for x, not for what is beside it: to have that it would copy x once more.
+        kept = x.reshape(-1, features) if x.shape[-1] == features else wide
+        saved = (kept,) if function is None else ()
         return tuple(y.reshape(*x.shape[:-1], y.shape[1]) for y in (*products, low_rank, *saved)), ()
 
     results, _ = with_whole_weights(forward, weights, xs, (factors, biases))

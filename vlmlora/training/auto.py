@@ -72,6 +72,8 @@ MARGIN = 0.02
 # A choice stays good until this much more memory is there than when it was made.
 _SAME = 0.05
 _FORMAT = 6
+# Of the available memory, that a policy may fill which is named but not compiled.
+_SAFE_SHARE = 0.95
 
 
 class StepTooLargeError(MemoryError):
@@ -232,7 +234,8 @@ def too_large(
     hints = []
     if planner is not None:
         excess = max(0, program.needed - planner.cost(program.policy).memory)
-        if (best := planner.cheapest(available, excess)) is not None:
+        # Another policy's trace may be wrong by somewhat more, and nobody compiles this one.
+        if (best := planner.cheapest(int(_SAFE_SHARE * available), excess)) is not None:
             hints.append(
                 f"gradient_checkpointing={name_of_policy(best.policy)} should fit, with "
                 f"{_gib(best.memory + excess)} ('auto' finds it)"
