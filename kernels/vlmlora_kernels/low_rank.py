@@ -1,5 +1,6 @@
 """The backward pass of an elementwise function between products with low-rank factors."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -48,7 +49,8 @@ def low_rank_gradients(
     are multiplied.
 
     Args:
-        function: elementwise, called as ``function(cotangent, *xs)``; gives the value and the gradients.
+        function: elementwise, called as ``function(cotangent, *xs)``; gives the value and the gradients. The
+            kernel takes seconds to compile: calls with equal functions and alike arrays share it.
         cotangent: gradient of the value.
         xs: the arguments, 16-bit. Columns to the right of the features are room for others' use, and finite.
         projected: gradient of the value's product with its A.
@@ -69,6 +71,12 @@ def low_rank_gradients(
     if reason := obstacle(function, cotangent, xs, projected, low_ranks, bs):
         raise ValueError(f"low_rank_gradients cannot run this: {reason}")
 
+    arguments = cotangent, list(xs), projected, list(low_ranks), list(bs)
+    return _low_rank_gradients(*arguments, function=function, is_in_place=is_in_place)
+
+
+@functools.partial(jax.jit, static_argnames=("function", "is_in_place"))
+def _low_rank_gradients(cotangent, xs, projected, low_ranks, bs, *, function, is_in_place):
     def kernel(*arguments: Any) -> LowRankGradients:
         return LowRankGradients(*hopper.low_rank_gradients(function, *arguments, is_in_place=is_in_place))
 
@@ -86,7 +94,7 @@ def low_rank_gradients(
         sums = [contract(d, low_rank, 0) for d, low_rank in zip(gradients, low_ranks, strict=True)]
         return LowRankGradients(gradients, products, contract(value, projected, 0), sums)
 
-    return on_cuda(one_by_one(kernel), in_xla, cotangent, list(xs), projected, list(low_ranks), list(bs))
+    return on_cuda(one_by_one(kernel), in_xla, cotangent, xs, projected, low_ranks, bs)
 
 
 def obstacle(

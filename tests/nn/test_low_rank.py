@@ -14,6 +14,7 @@ from tests.jaxprs import equations
 from tests.kernels.test_hopper import H100
 from vlmlora.nn import low_rank
 from vlmlora.nn.low_rank import Factors, Norm, low_rank_block, low_rank_products, room_for, takes_norm
+from vlmlora.nn.mlp import Gated
 from vlmlora.nn.norm import LayerNorm, RMSNorm
 from vlmlora.quantization.stacks import stack_weights
 from vlmlora.quantization.weights import DenseWeight, INT8Weight, NF4Weight
@@ -308,6 +309,24 @@ def test_a_block_is_one_pass_on_an_h100(is_tight):
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "low_rank_gradients" in text
     assert text.count("output_operand_alias<") == (2 if is_tight else 0)
+
+
+def test_blocks_of_equal_functions_share_a_kernel():
+    """Which takes seconds to compile."""
+    together, _, arguments = block_problem("nf4", 56, [4, 3, 2], jnp.bfloat16, tokens=(2, 32))
+
+    def kernels(*functions):
+        def loss(*arguments):
+            values = [together(*arguments, function=function) for function in functions]
+            return sum(jnp.sum(value.astype(jnp.float32)) for value in values)
+
+        with jax.sharding.use_abstract_mesh(H100):
+            traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).trace(*arguments)
+            text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        return sum("mosaic_gpu" in line and "low_rank_gradients" in line for line in text.splitlines())
+
+    assert kernels(Gated(jax.nn.silu), Gated(jax.nn.silu)) == 1
+    assert kernels(Gated(jax.nn.silu), Gated(jnp.tanh)) == 2
 
 
 @pytest.mark.parametrize(("is_block", "kind"), [(False, RMSNorm), (True, RMSNorm), (False, LayerNorm)])

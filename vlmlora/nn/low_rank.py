@@ -24,6 +24,7 @@ On a mesh every device does so with its rows of x and the whole weight, gathered
 import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -174,7 +175,7 @@ def _products_bwd(room, room_of_x, function, is_tight, residuals, cotangents):
         sides = _sides(cotangents, low_rank, weights, factors, has_room=room > 0)
 
         def pull_back(dx: jax.Array, *saved: jax.Array) -> tuple[jax.Array, ...]:
-            return (*saved, dx) if function is None else _pull_back(function, dx, *saved)
+            return (*saved, dx) if function is None else _PullBack(function)(dx, *saved)
 
         has_kernel = is_tight and obstacle(pull_back, saved[0], *saved) is None
         if function is None or (is_tight and not has_kernel):
@@ -281,8 +282,7 @@ def _has_kernel(function: Callable[..., jax.Array], of_first: _OfProducts, of_la
     # Of the gradients that come from behind there are the shapes: those of what they are gradients of.
     ys, projected = _as_matrices((of_last[0], of_last[1]))
     bs = [each.b[: weight.shape[0]] for weight, each in zip(of_first[2], of_first[3], strict=True)]
-    pull_back = functools.partial(_pull_back, function)
-    return kernels.obstacle(pull_back, ys[0], ys, projected, _ranks_of(of_first), bs) is None
+    return kernels.obstacle(_PullBack(function), ys[0], ys, projected, _ranks_of(of_first), bs) is None
 
 
 def _block_bwd_in_one_pass(
@@ -301,7 +301,7 @@ def _block_bwd_in_one_pass(
     last_dbs = _gradients_of_b(behind)
     behind = _behind(behind, last_dbs)
     found = kernels.low_rank_gradients(
-        functools.partial(_pull_back, function),
+        _PullBack(function),
         _gradient_of_x(behind, room),
         _as_matrices(ys),
         behind[0].product,
@@ -374,10 +374,15 @@ def add_bias(y: Float[Array, "*batch out_and_room"], bias: Float[Array, " out"] 
     return y + jnp.pad(bias.astype(y.dtype), (0, y.shape[-1] - bias.shape[0]))
 
 
-def _pull_back(function: Callable[..., jax.Array], dx: jax.Array, *saved: jax.Array) -> tuple[jax.Array, ...]:
-    """A function's value and the gradients of its arguments."""
-    x, pull = jax.vjp(function, *saved)
-    return x, *pull(dx)
+@dataclass(frozen=True)
+class _PullBack:
+    """A function's value and the gradients of its arguments; equal for equal functions."""
+
+    function: Callable[..., jax.Array]
+
+    def __call__(self, dx: jax.Array, *saved: jax.Array) -> tuple[jax.Array, ...]:
+        x, pull = jax.vjp(self.function, *saved)
+        return x, *pull(dx)
 
 
 def _as_matrices(tree: Any) -> Any:

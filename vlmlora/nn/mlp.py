@@ -3,6 +3,7 @@
 import abc
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +124,20 @@ class MLP(FeedForward):
         return apply_through(self.act, norm, x, [self.fc1], self.fc2, names=[MLP_UP], key=key)
 
 
+@dataclass(frozen=True)
+class Gated:
+    """What stands between a gated block's projections.
+
+    Equal for equal activations, so that what is compiled for one layer serves all.
+    """
+
+    act: Callable[[jax.Array], jax.Array]
+
+    def __call__(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+        """``act(gate) * up``."""
+        return self.act(gate) * up
+
+
 class GatedMLP(FeedForward):
     """``down(act(gate(x)) * up(x))`` (SwiGLU with silu, https://arxiv.org/abs/2002.05202)."""
 
@@ -145,9 +160,7 @@ class GatedMLP(FeedForward):
     def beside(self, x: jax.Array, norm: nnx.Module | None, *, key: PRNGKeyArray | None = None):
         """See `FeedForward.beside`."""
         is_tight = is_computed_again(MLP_GATE) and is_computed_again(MLP_UP)
-
-        def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
-            return self.act(gate) * up
-
         wide, names = [self.gate_proj, self.up_proj], [MLP_GATE, MLP_UP]
-        return apply_through(gated, norm, x, wide, self.down_proj, names=names, key=key, is_tight=is_tight)
+        return apply_through(
+            Gated(self.act), norm, x, wide, self.down_proj, names=names, key=key, is_tight=is_tight
+        )
