@@ -72,11 +72,11 @@ def test_counts_of_the_7b_model_are_the_peers(large):
 def test_the_plan_agrees_with_a_step_measured_on_a_gpu(large):
     """Peak memory of one H200: benchmarks/results/peers_qwen2_5_vl-7b_h200.json, NF4, "unsloth".
 
-    Measured were 9.88 GiB for 8 rows of 2,048 tokens. The plan knows no allocator and no temporaries of
+    Measured were 10.01 GiB for 8 rows of 2,048 tokens. The plan knows no allocator and no temporaries of
     kernels, and counts one layer's activations without the compiler's reuse: a tenth either way.
     """
     assert large["memory"]["batch"] == {"rows": 8, "tokens": 2048, "images": 8}
-    assert large["memory"]["total"]["nf4"]["unsloth"]["device"] == pytest.approx(9.88 * GIB, rel=0.1)
+    assert large["memory"]["total"]["nf4"]["unsloth"]["device"] == pytest.approx(10.01 * GIB, rel=0.1)
     kept = large["memory"]["activations"]
     # Of 28 layers but the last, in bfloat16: input, attention's output, the residual stream and queries; keys
     # and values. That is what "unsloth" moves to the host.
