@@ -23,7 +23,9 @@ On a mesh every device does so with its rows of x and the whole weight, gathered
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -202,6 +204,23 @@ _products.defvjp(_products_fwd, _products_bwd)
 _PRODUCTS = _products_fwd, _products_bwd
 
 
+_RUNS_OFTEN: ContextVar[bool] = ContextVar("runs_often", default=True)
+
+
+@contextmanager
+def running_rarely() -> Iterator[None]:
+    """What is traced here runs so rarely in a step that a kernel of its own would not be worth compiling.
+
+    The one pass between the products of `low_rank_block` takes some seconds to compile, and spares 0.2 ms of
+    4,096 tokens (7B, H100; benchmarks/results/low_rank_gradients.json).
+    """
+    token = _RUNS_OFTEN.set(False)
+    try:
+        yield
+    finally:
+        _RUNS_OFTEN.reset(token)
+
+
 def low_rank_block(
     x: Float[Array, "*batch in_and_room"],
     weights: Sequence[Framable | ShardedWeight],
@@ -219,7 +238,8 @@ def low_rank_block(
     """x, and low-rank products of a function of low-rank products of it: ``last(function(*firsts(x)))``.
 
     Where a kernel can, the backward pass reads the wide arrays in between once for the function's gradients
-    and the low-rank products of these; elsewhere it is that of `low_rank_products`, twice.
+    and the low-rank products of these; elsewhere, and within `running_rarely`, it is that of
+    `low_rank_products`, twice.
 
     Args:
         x: see `low_rank_products`.
@@ -236,29 +256,28 @@ def low_rank_block(
     """
     room_of_x = x.shape[-1] - weights[0].shape[1]
     operands = tuple(weights), tuple(factors), tuple(biases), last_weight, last_factors
-    static = room, room_of_x, function, tuple(map(naming, names)), is_tight
+    static = room, room_of_x, function, tuple(map(naming, names)), is_tight, _RUNS_OFTEN.get()
     if norm is not None:
         return _normed(_BLOCK, x, norm, operands, _room_of(x.shape[-1], factors), static)
     return x, _block((x,), *operands, *static)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9, 10))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9, 10, 11))
 def _block(xs, weights, factors, biases, last_weight, last_factors, *static):
     return _block_fwd(xs, weights, factors, biases, last_weight, last_factors, *static)[0]
 
 
-def _block_fwd(
-    xs, weights, factors, biases, last_weight, last_factors, room, room_of_x, function, give_names, is_tight
-):
+def _block_fwd(xs, weights, factors, biases, last_weight, last_factors, *static):
+    room, room_of_x, function, give_names, is_tight, _ = static
     ys, of_first = _products_fwd(xs, weights, factors, room, room_of_x, None, False, biases)
     ys = tuple(give_name(y) for y, give_name in zip(ys, give_names, strict=True))
     (result,), of_last = _products_fwd(ys, (last_weight,), (last_factors,), 0, room, function, is_tight)
     return result, (of_first, biases, of_last)
 
 
-def _block_bwd(room, room_of_x, function, give_names, is_tight, residuals, cotangent):
+def _block_bwd(room, room_of_x, function, give_names, is_tight, runs_often, residuals, cotangent):
     of_first, biases, of_last = residuals
-    if _has_kernel(function, of_first, of_last):
+    if runs_often and _has_kernel(function, of_first, of_last):
         in_one_pass = _block_bwd_in_one_pass(room, room_of_x, function, is_tight, residuals, cotangent)
         dx, d_ys, d_factors, d_last = in_one_pass
     else:

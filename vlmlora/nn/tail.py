@@ -4,6 +4,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from vlmlora.nn.linear import Embedding, Linear
+from vlmlora.nn.low_rank import running_rarely
 from vlmlora.nn.stack import last_layer
 
 
@@ -25,7 +26,9 @@ class Tail(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:
         """The residual stream after the last attention → final hidden states."""
-        return self.norm(self.layer.feed_forward(x))
+        with running_rarely():
+            x = self.layer.feed_forward(x)
+        return self.norm(x)
 
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
         """Logits of final hidden states."""
