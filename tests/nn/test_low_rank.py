@@ -333,7 +333,6 @@ def test_a_kernel_that_takes_seconds_to_compile_is_shared_and_worth_it():
         return sum("mosaic_gpu" in line and "low_rank_gradients" in line for line in text.splitlines())
 
     assert kernels(Gated(jax.nn.silu), Gated(jax.nn.silu)) == 1
-    assert kernels(Gated(jax.nn.silu), Gated(jnp.tanh)) == 2
     with running_rarely():
         assert kernels(Gated(jax.nn.silu)) == 0
 
