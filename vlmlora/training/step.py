@@ -34,6 +34,7 @@ from vlmlora.training.remat import (
     name_of_policy,
     policy_by_part,
 )
+from vlmlora_kernels.compilation import kernels_compiled_beside
 
 
 @functools.partial(
@@ -298,7 +299,9 @@ class _Step:
     def _compile(self, loss_fn: LossFn, arguments: tuple[Any, ...]) -> Program:
         # The program itself is what runs. jit would compile it again for the second step: what a program with
         # copies to host memory returns is committed to its device, and what it was given first need not be.
-        program = self._jit(loss_fn, arguments[0]).lower(*arguments).compile()
+        lowered = self._jit(loss_fn, arguments[0]).lower(*arguments)
+        with kernels_compiled_beside(lowered):
+            program = lowered.compile()
         policy = loss_fn.gradient_checkpointing if isinstance(loss_fn, CheckpointedLoss) else None
         return Program(policy, program, bytes_of_program(program))
 
