@@ -267,6 +267,26 @@ def test_graphs_hold_reads_of_stacks_where_nothing_goes_to_the_host(parts, polic
     assert not in_graphs(lambda *_, **__: 0.0, None)
 
 
+@pytest.mark.parametrize(
+    ("policy", "is_saving"),
+    [
+        (False, True),
+        ("attention+mlp", True),
+        ({"vision": True, "language": "mlp"}, True),
+        (True, False),
+        ({"layer_input": "save", "mlp_up": "recompute"}, False),
+        ("unsloth", False),
+        ({"layer_input": "offload", "mlp_up": "save"}, False),
+    ],
+)
+def test_graphs_run_side_by_side_only_in_steps_that_save_values_on_the_device(parts, policy, is_saving):
+    loss = make_loss_fn(parts[0], gradient_checkpointing=policy)
+    options = _compiler_options(loss, None)
+    assert (options.get("xla_gpu_command_buffer_scheduling_mode") == "CONCURRENT") == is_saving
+    on_mesh = _compiler_options(loss, make_mesh(devices=jax.devices()[:1]))
+    assert "xla_gpu_command_buffer_scheduling_mode" not in on_mesh
+
+
 @pytest.mark.parametrize(("policy", "is_own"), [("unsloth", False), ({"vision": jax.checkpoint}, True)])
 def test_xla_moves_copies_to_the_host_only_where_no_scan_of_ours_does(parts, policy, is_own):
     def moves(loss, mesh):

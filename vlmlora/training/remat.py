@@ -229,6 +229,19 @@ def keeps_on_host(policy: GradientCheckpointing) -> bool:
     return any(map(may, policy_by_part(policy).values()))
 
 
+def saves_values(policy: GradientCheckpointing) -> bool:
+    """Whether a part of the policy saves more than layer inputs in the device's memory; ``"auto"`` may."""
+
+    def may(each: GradientCheckpointing) -> bool:
+        if each is True:
+            return False
+        if each is False or callable(each) or each == AUTO:
+            return True
+        return any(place == "save" for name, place in _places(each).items() if name != LAYER_INPUT)
+
+    return any(map(may, policy_by_part(policy).values()))
+
+
 def is_own(policy: GradientCheckpointing) -> bool:
     """Whether a part of the policy is a function of the user's own."""
     return any(map(callable, policy_by_part(policy).values()))
