@@ -231,10 +231,12 @@ def test_attention_leaves_for_host_memory_and_comes_back(gpu):
     batch = jax.device_put(batches(CASE, config)[1], gpu)
 
     def run(policy):
-        gradient = jax.grad(make_loss_fn(graphdef, gradient_checkpointing={"language": policy}))
+        loss = make_loss_fn(graphdef, gradient_checkpointing={"language": policy})
+        gradient = jax.grad(loss)
         jaxpr = jax.make_jaxpr(gradient)(adapters, frozen, batch)
         fused = [e for e in equations(jaxpr) if e.primitive.name.startswith(FUSED_ATTENTION)]
-        return len(fused), jax.jit(gradient)(adapters, frozen, batch)
+        jitted = jax.jit(gradient, compiler_options=_compiler_options(loss, None))
+        return len(fused), jitted(adapters, frozen, batch)
 
     (once, found), (twice, expected) = run(ATTENTION_ON_HOST), run("unsloth")
     assert once < twice
