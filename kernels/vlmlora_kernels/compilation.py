@@ -24,8 +24,9 @@ def kernels_compiled_beside(lowered: jax.stages.Lowered) -> Iterator[None]:
     """While `lowered` compiles in this context, its kernels are compiled by threads of their own.
 
     XLA compiles the kernels of a program one after the other, late, and takes those that this process has
-    compiled already. Here they are, on as many threads as there are cores, before XLA comes to them. On other
-    platforms than a GPU there are none.
+    compiled already. Here they are, on as many threads as there are cores, before XLA comes to them. They
+    begin after some seconds, in which a program would come from JAX's compilation cache, and no more of them
+    when the program is there. On other platforms than a GPU there are none.
 
     Args:
         lowered: the program, from ``jax.jit(...).lower(...)``.

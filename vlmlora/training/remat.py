@@ -233,9 +233,9 @@ def saves_values(policy: GradientCheckpointing) -> bool:
     """Whether a part of the policy saves more than layer inputs in the device's memory; ``"auto"`` may."""
 
     def may(each: GradientCheckpointing) -> bool:
-        if each is True:
-            return False
-        if each is False or callable(each) or each == AUTO:
+        if isinstance(each, bool):
+            return not each
+        if callable(each) or each == AUTO:
             return True
         return any(place == "save" for name, place in _places(each).items() if name != LAYER_INPUT)
 

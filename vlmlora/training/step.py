@@ -196,7 +196,7 @@ _WITHOUT_HOST = {
 _SAVING = {
     # What does not wait for each other in a graph runs beside each other: the next weight may decode while
     # the last blocks of a product run. It takes 2 % less time at 4 × 1024 tokens, as long at 8 × 2048, and
-    # 0.5 to 0.9 GiB more (7B), which is little beside the values that such a step saves.
+    # 0.5 to 1.0 GiB more (7B), which is little beside the values that such a step saves.
     "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
 }
 # `scan_in_place` sends and fetches values in the step before they are needed. In other scans XLA does, and
