@@ -72,18 +72,23 @@ def test_counts_of_the_7b_model_are_the_peers(large):
 def test_the_plan_agrees_with_a_step_measured_on_a_gpu(large):
     """Peak memory of one H200: benchmarks/results/peers_qwen2_5_vl-7b_h200.json, NF4, "unsloth".
 
-    Measured were 10.01 GiB for 8 rows of 2,048 tokens. The plan knows no allocator and no temporaries of
+    Measured were 10.01 GiB for 8 rows of 2,048 tokens, before the layer with which the backward pass begins
+    kept what it does, for which the compiler takes 0.2 GiB. The plan knows no allocator and no temporaries of
     kernels, and counts one layer's activations without the compiler's reuse: a tenth either way.
     """
     assert large["memory"]["batch"] == {"rows": 8, "tokens": 2048, "images": 8}
     assert large["memory"]["total"]["nf4"]["unsloth"]["device"] == pytest.approx(10.01 * GIB, rel=0.1)
     kept = large["memory"]["activations"]
-    # Of 28 layers but the last, in bfloat16: input, attention's output, the residual stream and queries; keys
-    # and values. That is what "unsloth" moves to the host.
-    assert kept["unsloth"]["per_1000_tokens"]["host"] == 27 * 1000 * (4 * 3584 + 2 * 512) * 2
+    # In bfloat16 of a layer: input, attention's output, the residual stream and queries; keys and values.
+    # That is what "unsloth" moves to the host, of 28 layers but the last two.
+    attention = 4 * 3584 + 2 * 512
+    assert kept["unsloth"]["per_1000_tokens"]["host"] == 26 * 1000 * attention * 2
+    # It keeps the products with the A of each layer's seven projections, for r = 16; and all of the layer
+    # with which the backward pass begins, whose wide projections have room for the products.
+    low_rank = 7 * 16
+    at_end = attention + 2 * (18944 + 64) + low_rank
     moved = kept["true"]["per_1000_tokens"]["device"] - kept["unsloth"]["per_1000_tokens"]["device"]
-    # It keeps the products with the A of each layer's seven projections, for r = 16.
-    assert moved == pytest.approx(27 * 1000 * (3584 - 7 * 16) * 2, rel=1e-6)
+    assert moved == pytest.approx(1000 * (27 * 3584 - 26 * low_rank - at_end) * 2, rel=1e-6)
 
 
 ARGUMENTS = {

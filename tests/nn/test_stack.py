@@ -1,5 +1,6 @@
 """Layers of several kinds in one scan, against a loop over them."""
 
+import dataclasses
 import functools
 
 import jax
@@ -255,3 +256,48 @@ def test_kept_layers_are_those_of_a_loop(keep, policy):
     )
     # float32 sums in another order, of terms up to ten.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+
+
+def test_the_layer_with_which_the_backward_pass_begins_computes_no_product_again(monkeypatch):
+    """Where inputs go to host memory; elsewhere it is like the others."""
+    monkeypatch.setattr(remat, "_offloads_to_host", lambda: True)
+    layers, (_, x, _, _) = Layer(5, 3, quantized=True), make()
+    graphdef, trained, frozen = nnx.split(layers, Trainable, ...)
+
+    def call(layer, x, _, *, key):
+        up = name_for_policies(layer.linear(layer.norm(x), key=key), "mlp_up")
+        return jnp.tanh(up), None
+
+    def gradient(policy, **options):
+        def loss(trained, x):
+            layers = nnx.merge(graphdef, trained, frozen)
+            x, _ = scan_layers(layers, x, call, count=4, remat=remat_policy(policy), **options)
+            return jnp.sum(jnp.cos(3 * x))
+
+        return jax.value_and_grad(loss, argnums=(0, 1))
+
+    def products(policy, **options):
+        jaxpr = jax.make_jaxpr(gradient(policy, **options))(trained, x)
+        decoded = (WIDTH, WIDTH)
+        dots = (each for each in equations(jaxpr) if each.primitive.name == "dot_general")
+        return sum(any(atom.aval.shape == decoded for atom in each.invars) for each in dots)
+
+    options = {"begins_backward": True}
+    like_the_others = dataclasses.replace(remat_policy("unsloth"), at_end=remat_policy(True))
+    assert products(like_the_others, **options) == products("unsloth", **options) + 1
+    for policy in (False, True, "mlp"):
+        assert products(policy, **options) == products(policy)
+        assert remat_policy(policy) is None or remat_policy(policy).at_end is None
+    (value, gradients), *others = jax.jit(
+        lambda *given: [gradient(policy, **options)(*given) for policy in (False, "unsloth")]
+    )(trained, x)
+    # The trained bias is that of the layer which does not run.
+    assert [bool(np.any(leaf)) for leaf in jax.tree.leaves(gradients)].count(False) == 1
+    for other_value, other_gradients in others:
+        np.testing.assert_allclose(other_value, value, rtol=1e-5)
+        # The same float32 products, added up in another order.
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max()),
+            other_gradients,
+            gradients,
+        )

@@ -18,7 +18,7 @@ from vlmlora.models.registry import family_of
 from vlmlora.nn import low_rank, stack
 from vlmlora.nn.low_rank import LOW_RANK, MLP_LOW_RANK
 from vlmlora.nn.mlp import MLP_UP
-from vlmlora.nn.saved import is_computed_again
+from vlmlora.nn.saved import is_of_one_layer
 from vlmlora.nn.variables import Trainable
 from vlmlora.training import remat
 from vlmlora.training.loop import fit
@@ -164,16 +164,18 @@ def test_unsloth_checkpointing_on_a_cpu_is_plain_and_says_so_once(caplog):
     ("policy", "expected"),
     [(True, True), ("unsloth", True), ("mlp", False), ({"mlp_up": "offload"}, False), (lambda f: f, False)],
 )
-def test_layers_know_what_is_surely_computed_again(policy, expected):
+def test_layers_know_what_is_surely_of_one_layer(policy, expected):
+    """Computed again, or kept of the layer with which the backward pass begins."""
     found = []
 
     def body(x):
-        found.append(is_computed_again(MLP_UP))
+        found.append(is_of_one_layer(MLP_UP))
         return x
 
     jax.eval_shape(remat_policy(policy, offloads=True)(body), 1.0)
-    assert found == [expected]
-    assert not is_computed_again(MLP_UP)
+    jax.eval_shape(remat_policy("unsloth", offloads=True).at_end.alone(body), 1.0)
+    assert found == [expected, True]
+    assert not is_of_one_layer(MLP_UP)
 
 
 def test_what_is_saved_is_not_computed_twice(parts):

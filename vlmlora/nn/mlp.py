@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlmlora.nn.linear import Linear, apply_through
-from vlmlora.nn.saved import is_computed_again
+from vlmlora.nn.saved import is_of_one_layer
 
 MLP_UP = "mlp_up"
 """Name of what the first, wide projection of a feed-forward block computes, for checkpoint policies."""
@@ -159,7 +159,7 @@ class GatedMLP(FeedForward):
 
     def beside(self, x: jax.Array, norm: nnx.Module | None, *, key: PRNGKeyArray | None = None):
         """See `FeedForward.beside`."""
-        is_tight = is_computed_again(MLP_GATE) and is_computed_again(MLP_UP)
+        is_tight = is_of_one_layer(MLP_GATE) and is_of_one_layer(MLP_UP)
         wide, names = [self.gate_proj, self.up_proj], [MLP_GATE, MLP_UP]
         return apply_through(
             Gated(self.act), norm, x, wide, self.down_proj, names=names, key=key, is_tight=is_tight

@@ -31,6 +31,8 @@ class Checkpoint:
             one that spares the most work first; those that do not are computed again.
         host_limit: bytes of host memory that values of all layers may take for that; None: any.
         with_on_host: the same checkpoint with some of `spare` in host memory, and none to spare.
+        at_end: of the layer with which the backward pass begins, where that keeps something else; on the
+            device alone.
     """
 
     kept: frozenset[str] = frozenset()
@@ -41,31 +43,43 @@ class Checkpoint:
     spare: tuple[str, ...] = ()
     host_limit: int | None = None
     with_on_host: Callable[[Sequence[str]], "Checkpoint"] | None = None
+    at_end: "Checkpoint | None" = None
 
     def __call__(self, body: Callable) -> Callable:
         """The body, checkpointed, for `jax.lax.scan`."""
-        return self._checkpoint(body, frozenset(), self.policy)
+        return self._checkpoint(body, self.kept, frozenset(), self.policy)
 
     def for_scan_in_place(self, body: Callable) -> Callable:
         """The body, checkpointed, for `vlmlora.nn.scan_in_place.scan_in_place`."""
-        return self._checkpoint(body, self.in_place, self.policy_on_device)
+        return self._checkpoint(body, self.kept, self.in_place, self.policy_on_device)
 
     def for_branch(self, branch: Callable) -> Callable:
         """A branch within such a body, checkpointed, for `vlmlora.nn.switch.switch_saving`.
 
         The body's checkpoint says where the values that it saves are kept.
         """
-        return self._checkpoint(branch, frozenset(), self.policy_on_device)
+        return self._checkpoint(branch, self.kept, frozenset(), self.policy_on_device)
+
+    def alone(self, body: Callable) -> Callable:
+        """The body, checkpointed, for one layer outside of a scan."""
+        # XLA would see there that what is computed again is there already, and keep it.
+        return self._checkpoint(body, frozenset(), frozenset(), self.policy_on_device, prevent_cse=True)
 
     def _checkpoint(
-        self, body: Callable, in_place: frozenset[str], policy: Callable[..., Any] | None
+        self,
+        body: Callable,
+        of_all: frozenset[str],
+        in_place: frozenset[str],
+        policy: Callable[..., Any] | None,
+        *,
+        prevent_cse: bool = False,
     ) -> Callable:
         @wraps(body)
         def knowing(*args: Any) -> Any:
-            with saving(self.kept, in_place):
+            with saving(of_all, in_place):
                 return body(*args)
 
-        return jax.checkpoint(knowing, prevent_cse=False, policy=policy)
+        return jax.checkpoint(knowing, prevent_cse=prevent_cse, policy=policy)
 
 
 def name_for_policies(x: jax.Array, name: str) -> jax.Array:
@@ -90,7 +104,7 @@ def computed(arrays: Sequence[jax.Array]) -> list[jax.Array]:
 
 @contextmanager
 def saving(names: Set[str], in_place: Set[str] = frozenset()) -> Iterator[None]:
-    """While the body traces, these names alone are known to be kept for the backward pass.
+    """While the body traces, these names alone are known to be kept of all layers for the backward pass.
 
     Args:
         names: of what is kept.
@@ -104,8 +118,11 @@ def saving(names: Set[str], in_place: Set[str] = frozenset()) -> Iterator[None]:
         _IN_PLACE.reset(tokens[1])
 
 
-def is_computed_again(name: str) -> bool:
-    """Whether the backward pass of what is traced surely computes a value of this name anew."""
+def is_of_one_layer(name: str) -> bool:
+    """Whether the backward pass of what is traced surely finds a value of this name that is its own.
+
+    It is computed anew, or kept of this layer alone.
+    """
     names = _SAVED.get()
     return names is not None and name not in names
 

@@ -98,6 +98,7 @@ def scan_layers(
     count: int | None = None,
     key: PRNGKeyArray | None = None,
     remat: Remat | None = None,
+    begins_backward: bool = False,
 ) -> tuple[jax.Array, PyTree]:
     """``x, y = call(layer, x, per_layer[i], key=key_i)`` for every layer, as one ``jax.lax.scan``.
 
@@ -113,6 +114,9 @@ def scan_layers(
             layers run, the scan is `scan_in_place`, which has no forward derivative. Of what a `Checkpoint`
             has to spare, as much goes to host memory as leaves in the time in which a layer runs forward
             (`HOST_FLOPS_PER_BYTE`); nothing does on a mesh, and of layers that differ.
+        begins_backward: the backward pass begins with the last of these layers, which have nothing in
+            `per_layer` and no outputs of their own. That layer runs behind the scan where a `Checkpoint`
+            has another for it (`Checkpoint.at_end`), but not on a mesh.
 
     Returns:
         The last layer's output, and the layers' own outputs stacked; None for these of no layers.
@@ -120,6 +124,12 @@ def scan_layers(
     count = layers.stack if count is None else count
     if not count:
         return x, None
+    at_end = remat.at_end if isinstance(remat, Checkpoint) and not _is_sharded(layers) else None
+    if begins_backward and at_end is not None:
+        x, _ = scan_layers(layers, x, call, count=count - 1, key=key, remat=remat)
+        layer = one_layer(layers, count - 1)
+        layer_key = None if key is None else jax.random.split(key, layers.stack)[count - 1]
+        return at_end.alone(lambda x: call(layer, x, None, key=layer_key)[0])(x), None
     remat = _with_what_leaves(layers, x, call, per_layer, count, key, remat)
     # In a plain scan XLA copies the weights of layers whose number is not the loop's counter.
     is_in_place = _can_run_in_place(remat, [layers]) and (_keeps_more(remat) or count < layers.stack)
@@ -219,11 +229,16 @@ def _names_in_branches(jaxpr: Any) -> bool:
 
 def last_layer(layers: nnx.Module) -> nnx.Module:
     """The last layer of a stack by itself. Its frozen weights are read where they lie."""
+    return one_layer(layers, layers.stack - 1)
+
+
+def one_layer(layers: nnx.Module, number: int) -> nnx.Module:
+    """A layer of a stack by itself. Its frozen weights are read where they lie."""
     parts = _LayersInPlace(layers, None)
     # Behind the barrier the layer's number is none that XLA knows, and its weights none that it copies.
-    number = jax.lax.optimization_barrier(jnp.int32(layers.stack - 1))
-    trainable = jax.tree.map(lambda leaf: jax.lax.index_in_dim(leaf, -1, keepdims=False), parts.trainable)
-    return parts.layer(parts.frozen, number, trainable)
+    place = jax.lax.optimization_barrier(jnp.int32(number))
+    trainable = jax.tree.map(lambda leaf: jax.lax.index_in_dim(leaf, number, keepdims=False), parts.trainable)
+    return parts.layer(parts.frozen, place, trainable)
 
 
 def scan_layers_and_keep(

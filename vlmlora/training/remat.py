@@ -121,6 +121,9 @@ def remat_policy(policy: GradientCheckpointing, *, offloads: bool | None = None)
       that is part of the projection's own product. It is small, and to compute it reads the widest array.
     - ``low_rank``: of every other projection the same. To compute it reads a whole input of some projections.
 
+    Where layer inputs go to host memory, a decoder's layer with which the backward pass begins saves all of
+    these, and computes no product with a base weight again: that takes memory for a short time only.
+
     On a backend that has no host memory apart from its own, what should be offloaded is saved, which a
     warning says once.
 
@@ -175,6 +178,7 @@ def _checkpoint(
         spare=tuple(spare),
         host_limit=host_limit,
         with_on_host=lambda names: _checkpoint(saved, [*offloaded, *names]),
+        at_end=_checkpoint(NAMES, []) if LAYER_INPUT in offloaded else None,
     )
 
 
