@@ -86,7 +86,7 @@ class PallasKernel:
         return _lower(lambda: jax.ffi.ffi_call(_MOSAIC, result)(**self.attributes))
 
 
-Array = tuple[tuple[int, ...], str, tuple[int, ...]]
+ArrayType = tuple[tuple[int, ...], str, tuple[int, ...]]
 """Shape, MLIR's name of the type, and the axes from the one that changes slowest on."""
 
 
@@ -103,8 +103,8 @@ class CudnnAttention:
 
     target: str
     config: str
-    operands: tuple[Array, ...]
-    results: tuple[Array, ...]
+    operands: tuple[ArrayType, ...]
+    results: tuple[ArrayType, ...]
 
     def lower(self) -> jax.stages.Lowered:
         """A program of this call."""
@@ -151,7 +151,7 @@ def _value(attribute: Any) -> Any:
     return attribute.value_bytes if isinstance(attribute, ir.StringAttr) else attribute.value
 
 
-def _arrays(types: Sequence[Any], layouts: Iterable[Any]) -> tuple[Array, ...]:
+def _arrays(types: Sequence[Any], layouts: Iterable[Any]) -> tuple[ArrayType, ...]:
     """Of MLIR's types, and its axes from the one that changes fastest on."""
     tensors = map(ir.RankedTensorType, types)
     return tuple(
@@ -160,5 +160,5 @@ def _arrays(types: Sequence[Any], layouts: Iterable[Any]) -> tuple[Array, ...]:
     )
 
 
-def _abstract(arrays: Sequence[Array]) -> list[jax.ShapeDtypeStruct]:
+def _abstract(arrays: Sequence[ArrayType]) -> list[jax.ShapeDtypeStruct]:
     return [jax.ShapeDtypeStruct(shape, _DTYPES[name]) for shape, name, _ in arrays]
