@@ -2,17 +2,31 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from vlmlora.nn.attention import FUSED_ATTENTION
 
 
-def products_of(jaxpr: Any) -> tuple[int, int]:
-    """Floating-point operations of all products, and the elements of the largest result.
+class Products(NamedTuple):
+    """The products of a program.
+
+    Attributes:
+        flops: floating-point operations of all.
+        largest: elements of the largest result of a plain product.
+        largest_in_while: likewise of those in loops whose length is not known, once each.
+    """
+
+    flops: int
+    largest: int
+    largest_in_while: int
+
+
+def products_of(jaxpr: Any) -> Products:
+    """What a traced program multiplies.
 
     Counted are plain products, the fused attention kernel's forward pass, and kernels that state their cost.
     """
-    flops = largest = 0
+    flops = largest = in_while = 0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         if name == "dot_general":
@@ -28,14 +42,16 @@ def products_of(jaxpr: Any) -> tuple[int, int]:
             flops += params["cost_estimate"].flops
         else:
             inner = [products_of(each) for each in jaxprs_of(params)]
-            each_flops = [each for each, _ in inner]
+            each_flops = [each.flops for each in inner]
             # A conditional takes one of its branches.
             taken = max(each_flops, default=0) if name == "cond" else sum(each_flops)
             # A scan repeats its body, and under `jax.shard_map` every device runs it.
             times = params["mesh"].size if name == "shard_map" else params.get("length", 1)
             flops += times * taken
-            largest = max(largest, *(each for _, each in inner), 0)
-    return flops, largest
+            of_inner = max((each.largest for each in inner), default=0)
+            in_while = max(in_while, *(each.largest_in_while for each in inner), of_inner * (name == "while"))
+            largest = max(largest, of_inner)
+    return Products(flops, largest, in_while)
 
 
 def jaxprs_of(params: Mapping[str, Any]) -> list[Any]:

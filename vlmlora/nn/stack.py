@@ -189,7 +189,7 @@ def _with_what_leaves(
     jaxpr = jax.make_jaxpr(body)(x, step).jaxpr
     sizes = _bytes_by_name(jaxpr)
     # Of layers that differ the trace does not say which one runs, nor how long.
-    room = 0 if _names_in_branches(jaxpr) else products_of(jaxpr)[0] // HOST_FLOPS_PER_BYTE
+    room = 0 if _names_in_branches(jaxpr) else products_of(jaxpr).flops // HOST_FLOPS_PER_BYTE
     if remat.host_limit is not None:
         room = min(room, remat.host_limit // count)
     room -= sum(sizes[name] for name in remat.on_host)

@@ -273,7 +273,7 @@ class Planner:
         self.held = sum(map(_bytes_on_a_device, arguments[:3]))
         self._traced: dict[str, np.ndarray] = {}
         self._parts = policy_by_part(loss.gradient_checkpointing)
-        self._largest_product = 0
+        self._largest = self._largest_of_loss = 0
         self._everything = self._trace(False)
 
     def cheapest(self, available: int | None, excess: int = 0) -> Candidate | None:
@@ -340,26 +340,29 @@ class Planner:
         return [(a | b | c, cost_a + cost_b + cost_c) for (a, cost_a), (b, cost_b), (c, cost_c) in several]
 
     def _trace(self, policy: GradientCheckpointing) -> np.ndarray:
-        """Bytes on the device, on the host, work, and bytes of a step of each scan."""
+        """Bytes on the device, on the host, work, bytes that no scan leaves, and of a step of each scan."""
         name = name_of_policy(policy)
         if name not in self._traced:
             loss = self._loss.with_checkpointing(policy)
             found = gradient_cost(loss, self._state.adapters, self._frozen, self._batch, self._key)
-            self._largest_product = max(self._largest_product, found.largest_product)
+            self._largest = max(self._largest, found.products.largest)
+            self._largest_of_loss = max(self._largest_of_loss, found.products.largest_in_while)
             self._traced[name] = _as_array(found)
         return self._traced[name]
 
     def _candidate(self, policy: dict[str, GradientCheckpointing], cost: np.ndarray) -> Candidate:
-        device, host, flops, *layers = cost.tolist()
-        # A layer that is computed again lies there whole; so does the largest product with its gradient.
-        again = max((a - b for a, b in zip_longest(self._everything[3:], layers, fillvalue=0)), default=0)
-        activations = device + max(again, 2 * 4 * self._largest_product)
+        device, host, flops, passing, *layers = cost.tolist()
+        # A layer that is computed again lies there whole; so does the largest product with its gradient. But
+        # with the loss's product lies what the end of the decoder leaves, which is gone by then.
+        again = max((a - b for a, b in zip_longest(self._everything[4:], layers, fillvalue=0)), default=0)
+        in_layers = device - passing + max(again, 2 * 4 * self._largest)
+        activations = max(in_layers, device + 2 * 4 * self._largest_of_loss)
         memory = self.held + round(activations / self._shards)
         return Candidate(policy, memory, round(flops + OFFLOAD_FLOPS_PER_BYTE * host))
 
 
 def _as_array(cost: GradientCost) -> np.ndarray:
-    return np.array([cost.saved.device, cost.saved.host, cost.flops, *cost.layers])
+    return np.array([cost.saved.device, cost.saved.host, cost.products.flops, cost.passing, *cost.layers])
 
 
 def _bytes_on_a_device(tree: PyTree) -> int:

@@ -22,7 +22,7 @@ from vlmlora.models.load_plan import QUANTIZED_PARTS
 from vlmlora.models.module_table import linear_modules, module_table
 from vlmlora.models.registry import family_of
 from vlmlora.nn.attention import traced_as_fused
-from vlmlora.nn.flops import products_of
+from vlmlora.nn.flops import Products, products_of
 from vlmlora.nn.saved import stacks_as_outputs
 from vlmlora.nn.stack import Remat
 from vlmlora.nn.variables import Trainable
@@ -177,14 +177,15 @@ class GradientCost:
         saved: bytes that the forward pass leaves for the backward pass.
         layers: bytes of them that one step leaves on the device, with the gradient of the largest, for every
             scan.
-        flops: of all products, those that are computed again included.
-        largest_product: elements of the largest result of one.
+        passing: bytes of them that no scan leaves: mostly of the end of the decoder, whose backward pass
+            comes before any layer is computed again.
+        products: all products, those that are computed again included; the loss's are in loops of its own.
     """
 
     saved: Bytes
     layers: tuple[int, ...]
-    flops: int
-    largest_product: int
+    passing: int
+    products: Products
 
 
 def gradient_cost(
@@ -209,10 +210,10 @@ def gradient_cost(
     trace = jax.make_jaxpr(forward_and_backward, return_shape=True)
     with stacks_as_outputs():
         closed, (pull, _) = trace(adapters, frozen, batch, key)
-    saved, layers, _ = _saved_of(closed.jaxpr, closed.jaxpr.outvars[: len(jax.tree.leaves(pull))])
+    saved, layers, passing = _saved_of(closed.jaxpr, closed.jaxpr.outvars[: len(jax.tree.leaves(pull))])
     host = sum(_bytes_of(array) for array in saved if array.memory_space == _HOST)
-    flops, largest = products_of(closed.jaxpr)
-    return GradientCost(Bytes(sum(map(_bytes_of, saved)) - host, host), tuple(layers), flops, largest)
+    on_device = sum(map(_bytes_of, saved)) - host
+    return GradientCost(Bytes(on_device, host), tuple(layers), passing, products_of(closed.jaxpr))
 
 
 def _saved_of(jaxpr: Any, outvars: Sequence[Any]) -> tuple[list[jax.core.ShapedArray], list[int], int]:
