@@ -75,6 +75,11 @@ def make(seed=0):
     return stacks, x, shared, arrays
 
 
+def assert_close(found, expected):
+    """The same float32 products, added up in another order."""
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
 def loss_of(run, graphdefs, frozen, arrays):
     def loss(trained, x, shared):
         stacks = [nnx.merge(*parts) for parts in zip(graphdefs, trained, frozen, strict=True)]
@@ -138,12 +143,7 @@ def test_mixed_layers_equal_a_loop(monkeypatch):
     assert all(np.any(leaf) for leaf in jax.tree.leaves(gradients))
     for other_value, other_gradients in others:
         np.testing.assert_allclose(other_value, value, rtol=1e-5)
-        # The same float32 products, added up in another order.
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max()),
-            other_gradients,
-            gradients,
-        )
+        jax.tree.map(assert_close, other_gradients, gradients)
 
 
 @pytest.mark.parametrize(
@@ -295,9 +295,4 @@ def test_the_layer_with_which_the_backward_pass_begins_computes_no_product_again
     assert [bool(np.any(leaf)) for leaf in jax.tree.leaves(gradients)].count(False) == 1
     for other_value, other_gradients in others:
         np.testing.assert_allclose(other_value, value, rtol=1e-5)
-        # The same float32 products, added up in another order.
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max()),
-            other_gradients,
-            gradients,
-        )
+        jax.tree.map(assert_close, other_gradients, gradients)
