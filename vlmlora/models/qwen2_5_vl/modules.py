@@ -366,8 +366,9 @@ class TextModel(nnx.Module):
 
         if is_unfinished:
             count = self.layers.stack - 1
-            before = {"count": count, "begins_backward": True}
-            x, _ = scan_layers(self.layers, inputs_embeds, call, **before, key=key, remat=remat)
+            x, _ = scan_layers(
+                self.layers, inputs_embeds, call, count=count, key=key, remat=remat, begins_backward=True
+            )
             last_key = None if key is None else jax.random.fold_in(key, count)
             return last_layer(self.layers).attend(x, rotary, segments=segments, key=last_key)
         arrays = None if cache is None else (cache.keys, cache.values)
