@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,11 @@ from vlmlora.models.registry import family_of
 from vlmlora.nn import stack
 from vlmlora.nn.variables import Trainable
 from vlmlora.training import auto, remat
+from vlmlora.training import loss as loss_module
 from vlmlora.training.loss import make_loss_fn
+from vlmlora.training.memory import gradient_cost
 from vlmlora.training.optimizer import adamw
-from vlmlora.training.remat import POLICIES, policy_by_part
+from vlmlora.training.remat import POLICIES, policy_by_part, remat_policy
 from vlmlora.training.step import choose_policy, init_train_state, make_train_step
 
 CONFIG = tiny_config(text={"num_hidden_layers": 6, "intermediate_size": 256})
@@ -252,6 +255,21 @@ def test_what_leaves_beside_the_layers_spares_work_and_costs_none(parts, monkeyp
     assert more.memory == inputs.memory
     best = planner.cheapest(inputs.memory)
     assert best.policy["language"] == auto.INPUTS_AND_SPARE
+
+
+def test_what_the_end_of_the_decoder_keeps_is_gone_when_layers_are_computed_again(parts, monkeypatch):
+    monkeypatch.setattr(loss_module, "BLOCK_SIZE", 8)
+    graphdef, adapters, frozen = parts
+    loss = make_loss_fn(graphdef, gradient_checkpointing=AUTO_TEXT, chunk_size=8)
+    state = init_train_state(adapters, OPTIMIZER)
+    planner = auto.Planner(loss, (state, frozen, TEXT, None))
+    at_end = remat_policy({"layer_input": "offload"}, offloads=True)
+    policies = [{"vision": True, "language": each} for each in (replace(at_end, at_end=None), at_end)]
+    costs = [gradient_cost(loss.with_checkpointing(each), adapters, frozen, TEXT) for each in policies]
+    # It saves a whole layer more, and less is computed again; but that does not lie beside the others.
+    assert costs[1].products.flops < costs[0].products.flops
+    more = planner.cost(policies[1]).memory - planner.cost(policies[0]).memory
+    assert 0 <= more < costs[1].saved.device - costs[0].saved.device
 
 
 def test_others_memory_is_not_available():

@@ -17,7 +17,7 @@ from vlmlora.models.module_table import module_table
 from vlmlora.models.registry import family_of
 from vlmlora.nn.batch import model_inputs
 from vlmlora.nn.variables import Trainable
-from vlmlora.training import loss
+from vlmlora.training import loss, remat
 from vlmlora.training.loss import IGNORE_INDEX, make_loss_fn, next_token_labels
 
 
@@ -42,9 +42,13 @@ def parts_of(config, dropout=0.0):
     return nnx.split(module, Trainable, ...)
 
 
-@pytest.mark.parametrize(("make", "policy"), [(qwen, "attention+mlp"), (mllama, True)])
+@pytest.mark.parametrize(
+    ("make", "policy"), [(qwen, "attention+mlp"), (qwen, {"layer_input": "offload"}), (mllama, True)]
+)
 def test_loss_and_gradients_are_those_of_all_logits(make, policy, monkeypatch):
+    """With layer inputs in host memory the layer before the last stands by itself too."""
     monkeypatch.setattr(loss, "BLOCK_SIZE", 6)
+    monkeypatch.setattr(remat, "_offloads_to_host", lambda: True)
     config, batch = make()
     graphdef, adapters, frozen = parts_of(config)
 
@@ -57,7 +61,9 @@ def test_loss_and_gradients_are_those_of_all_logits(make, policy, monkeypatch):
         return jnp.sum(losses * kept) / jnp.sum(kept)
 
     loss_fn = make_loss_fn(graphdef, gradient_checkpointing=policy, chunk_size=4)
-    found, gradients = jax.jit(jax.value_and_grad(loss_fn))(adapters, frozen, batch)
+    # A key, of which nothing is dropped out.
+    key = jax.random.key(2)
+    found, gradients = jax.jit(jax.value_and_grad(loss_fn))(adapters, frozen, batch, key)
     expected, expected_gradients = jax.jit(jax.value_and_grad(of_all_logits))(adapters)
     # The same float32 products, summed in another order. Random weights magnify that: the gradients of all
     # logits without jit differ from those with it by up to 7e-4.
