@@ -30,7 +30,7 @@ SECONDS_PER_HOP = 3e-6
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 RANK = 16
 LABELLED = 0.25
-LOGIT_CHUNK = 1024
+LOGIT_CHUNK = 512
 
 
 @dataclass(frozen=True)

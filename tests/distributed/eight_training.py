@@ -11,6 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
+from tests.jaxprs import output_shapes
 from tests.models.qwen2_5_vl_cases import Case, Visual, batches, tiny_config
 from vlmlora.distributed import make_mesh, place_batch, shard_model
 from vlmlora.lora.apply import add_adapters
@@ -198,6 +199,20 @@ def test_low_rank_products_join_where_no_product_is_cut(mesh, stored, joins, mon
     graphdef, adapters, frozen = nnx_split(module)
     jax.eval_shape(make_loss_fn(graphdef, gradient_checkpointing=True), adapters, frozen, BATCH)
     assert bool(joined) == joins
+
+
+@pytest.mark.parametrize(("mesh", "columns"), [("data", 2), ("tensor", 1)])
+def test_a_chunk_of_the_loss_has_as_many_tokens_on_every_device(mesh, columns):
+    """Of eight rows a device has one, or two of them and its part of the logits."""
+    module = make_model("dense")
+    shard_model(module, FAMILY, make_mesh(**MESHES[mesh]))
+    graphdef, adapters, frozen = nnx_split(module)
+    loss = make_loss_fn(graphdef, gradient_checkpointing=True, chunk_size=2)
+    shapes = output_shapes(jax.make_jaxpr(loss)(adapters, frozen, BATCH))
+    vocabulary = CONFIG.text_config.vocab_size
+    assert {shape for shape in shapes if len(shape) == 3 and shape[::2] == (8, vocabulary)} == {
+        (8, columns, vocabulary)
+    }
 
 
 def test_offloaded_layer_inputs_are_named_on_a_mesh(monkeypatch):

@@ -15,13 +15,14 @@ from vlmlora.nn.batch import model_inputs
 from vlmlora.nn.stack import TowerRemats
 from vlmlora.nn.tail import Tail
 from vlmlora.nn.variables import Trainable
+from vlmlora.quantization.sharded import batch_shards
 from vlmlora.training.remat import CheckpointedLoss, GradientCheckpointing
 
 IGNORE_INDEX = -100
 """Label of a token that is not learnt (PyTorch's and Hugging Face's convention)."""
 
-CHUNK_SIZE = 1024
-"""Tokens whose logits exist at a time."""
+CHUNK_SIZE = 512
+"""Tokens whose logits exist on a device at a time."""
 
 BLOCK_SIZE = 2048
 """Tokens that go through a decoder's last feed-forward block at a time, where that waits for the labels."""
@@ -200,7 +201,7 @@ def make_loss_fn(
         graphdef: structure of the model, from ``nnx.split(module, Trainable, ...)``.
         gradient_checkpointing: see `vlmlora.training.remat.tower_remats`; or ``"auto"``, for which
             `vlmlora.training.step.make_train_step` chooses when it sees the first batch.
-        chunk_size: tokens whose logits exist at a time.
+        chunk_size: tokens whose logits exist on a device at a time.
 
     Returns:
         A pure function. `batch` is a dict of the model's inputs and ``labels`` [batch, tokens], where
@@ -233,7 +234,8 @@ def make_loss_fn(
         tail = None if is_whole else model.tail()
         hidden, _ = model(**model_inputs(batch), remat=remats, key=key, is_unfinished=tail is not None)
         if tail is None:
-            total = cross_entropy(*split_head(model, hidden), hidden, labels, chunk_size=chunk_size)
+            of_all = chunk_size * batch_shards(mesh)
+            total = cross_entropy(*split_head(model, hidden), hidden, labels, chunk_size=of_all)
         else:
             total = _loss_of_tail(tail, hidden, labels, block_size, chunk_size)
         return total / jnp.maximum(jnp.sum(labels != IGNORE_INDEX), 1)

@@ -34,7 +34,7 @@ from vlmlora.training.remat import POLICIES, remat_policy
 IMAGE_SIZE = (448, 448)
 """Height and width of the image that a plan counts with."""
 
-CHUNKS = 8
+CHUNKS = 16
 """Chunks of tokens in the shorter of the two rows that a plan compares."""
 
 _HOST = jax.memory.Space.Host
