@@ -58,6 +58,7 @@ def attention(
     kv_lengths: Int[Array, " batch"] | None = None,
     mask: Bool[Array, "batch #q_tokens kv_tokens"] | None = None,
     scale: float | None = None,
+    is_named: bool = True,
 ) -> Float[Array, "batch q_tokens heads head_dim"]:
     """Attention with grouped key-value heads.
 
@@ -71,11 +72,15 @@ def attention(
         kv_lengths: a row's keys from this length on are padding.
         mask: True where a query may see a key.
         scale: factor of the scores; None: the head size's inverse square root.
+        is_named: policies of `jax.checkpoint` know queries, keys and values as they come here by the name
+            `QKV`. Where they are made from projections by more than rotary positions, whose gradient asks for
+            these, name these instead.
 
     Returns:
         The weighted values, in the type of `query`. Rows of padding hold finite numbers without meaning.
     """
-    query, key, value = (name_for_policies(array, QKV) for array in (query, key, value))
+    if is_named:
+        query, key, value = (name_for_policies(array, QKV) for array in (query, key, value))
     is_fused = mask is None and _fuses(query, key)
     if segments is not None and is_fused and kv_lengths is None and _fuses_segments(query, key, segments):
         attend = functools.partial(_attend_fused, segments=segments, is_causal=is_causal, scale=scale)

@@ -17,12 +17,13 @@ from transformers import MllamaConfig, MllamaTextConfig
 
 from vlmlora.models.mllama.cache import ImageCache, MllamaCache
 from vlmlora.models.mllama.vision import VisionModel, gated
-from vlmlora.nn.attention import attention
+from vlmlora.nn.attention import QKV, attention
 from vlmlora.nn.cache import KVCache
 from vlmlora.nn.linear import Embedding, Linear, apply_to_normed, apply_to_same
 from vlmlora.nn.mlp import GatedMLP
 from vlmlora.nn.norm import RMSNorm
 from vlmlora.nn.rotary import Rotary, apply_rotary, rotary, scaled_inverse_frequencies
+from vlmlora.nn.saved import name_for_policies
 from vlmlora.nn.stack import (
     SAVE_ALL,
     LayerList,
@@ -100,7 +101,7 @@ class CrossAttention(nnx.Module):
         """Keys and values of the images, each [batch, image_tokens, kv_heads, head_dim]."""
         heads = (*features.shape[:2], -1, self.head_dim)
         projected = apply_to_same(features, self.k_proj, self.v_proj, key=key)
-        keys, values = (each.reshape(heads) for each in projected)
+        keys, values = (name_for_policies(each, QKV).reshape(heads) for each in projected)
         return self.k_norm(keys), values
 
     def beside(
@@ -115,7 +116,7 @@ class CrossAttention(nnx.Module):
     ) -> tuple[Float[Array, "batch tokens hidden"], Float[Array, "batch tokens hidden"]]:
         """x, and what ``norm(x)`` attends to: the tiles that each token sees."""
         x, (query,) = apply_to_normed(norm, x, self.q_proj, key=key)
-        query = self.q_norm(query.reshape(*x.shape[:2], -1, self.head_dim))
+        query = self.q_norm(name_for_policies(query, QKV).reshape(*x.shape[:2], -1, self.head_dim))
         return x, self.o_proj(sight.attend(query, keys, values).reshape(x.shape), key=key)
 
 
@@ -168,19 +169,20 @@ class Sight:
         return (self.num_tiles > 0).any(-1)[:, None, None]
 
     def attend(self, query: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
-        """Attention over the tiles in sight."""
+        """Attention over the tiles in sight. Of queries and keys policies know what is not yet normalised."""
+        attend = functools.partial(attention, is_named=False)
         images = self.num_tiles.shape[1]
         patches = keys.shape[1] // (images * self.max_tiles)
         if images > 1:
-            return attention(query, keys, values, mask=self._mask(patches))
+            return attend(query, keys, values, mask=self._mask(patches))
         # Of one image a token sees the first tiles or all, and neither needs an array of tokens × patches.
         filled = jnp.maximum(self.num_tiles[:, 0], 1) * patches
-        seen = attention(query, keys, values, kv_lengths=filled.astype(jnp.int32))
+        seen = attend(query, keys, values, kv_lengths=filled.astype(jnp.int32))
 
         @jax.checkpoint  # What is kept of a branch takes room in layers of every kind.
         def with_all_tiles(sees: jax.Array, operands: tuple[jax.Array, ...]) -> jax.Array:
             seen, *projections = operands
-            return jnp.where(sees, seen, attention(*projections))
+            return jnp.where(sees, seen, attend(*projections))
 
         # Where every canvas is full the two are the same.
         return switch_saving(
