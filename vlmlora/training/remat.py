@@ -110,7 +110,7 @@ def remat_policy(policy: GradientCheckpointing, *, offloads: bool | None = None)
     `vlmlora.nn.stack.scan_layers`, and otherwise computed again. The names are
 
     - ``layer_input``: what enters a layer, [tokens, hidden]. It is saved in any case and can be offloaded.
-    - ``qkv``: queries, keys and values with their positions applied.
+    - ``qkv``: queries, keys and values with their positions applied, or before the norm that they have.
     - ``attention_output``: the attention's result, before its output projection, and on a GPU what the fused
       kernel's backward pass needs, so that attention is not computed twice.
     - ``attention_residual``: the layer's input with the attention added, [tokens, hidden], so that the output
