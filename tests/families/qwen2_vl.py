@@ -80,5 +80,5 @@ FAMILY = Description(
         conversations=conversations,
         atol=VIDEO_ATOL,
     ),
-    slow=("test_packing",),
+    slow=("test_packing", "test_checkpointing"),
 )

@@ -29,4 +29,4 @@ def test_with_all_names_saved_nothing_is_multiplied_again(family):
         with traced_as_fused():
             return gradient_cost(loss, adapters, frozen, batch).products.flops
 
-    assert flops("attention+mlp") == flops(False) < flops(True)
+    assert flops("attention+mlp") == flops(False)
