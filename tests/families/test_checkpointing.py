@@ -26,6 +26,7 @@ def test_with_all_names_saved_nothing_is_multiplied_again(family):
 
     def flops(policy) -> int:
         loss = make_loss_fn(graphdef, gradient_checkpointing=policy)
+        # XLA's attention keeps more than has a name.
         with traced_as_fused():
             return gradient_cost(loss, adapters, frozen, batch).products.flops
 
