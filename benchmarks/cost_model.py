@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlmlora.training.loss import CHUNK_SIZE
+
 ROOT = Path(__file__).parents[1]
 MEASURED = ROOT / "benchmarks" / "results" / "train_step.json"
 GIB = 1 << 30
@@ -30,7 +32,6 @@ SECONDS_PER_HOP = 3e-6
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 RANK = 16
 LABELLED = 0.25
-LOGIT_CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,7 @@ def memory_gib(model: Model, mesh: MeshSize, rows: int, tokens: int) -> float:
     # about nine arrays of the hidden width.
     activations = 2 * rows * tokens * (5 * model.intermediate / mesh.tensor + 9 * model.hidden)
     # Scores of one chunk and their gradient, in 16 bit.
-    logits = 4 * min(LOGIT_CHUNK, rows * tokens) * model.vocab / mesh.tensor
+    logits = 4 * min(CHUNK_SIZE, rows * tokens) * model.vocab / mesh.tensor
     return ((weights + adapters) / share + layer + max(activations, logits)) / GIB
 
 
