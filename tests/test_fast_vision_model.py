@@ -177,6 +177,28 @@ def test_names_order_and_defaults_are_unsloths():
     assert repr(load["load_in_4bit"].default) == "True"
 
 
+UNSLOTHS_DEFAULTS = {
+    "max_seq_length": 2048,
+    "temporary_location": "_unsloth_temporary_saved_buffers",
+    "qat_scheme": None,
+    "finetune_audio_layers": False,
+    "offload_layers": None,
+    "checkpoint_skip_layers": 0,
+}
+"""Of the arguments of its `get_peft_model` (2026.10.9) that have nothing to do here."""
+
+
+def test_arguments_that_only_unsloth_has_may_ask_for_nothing(fresh):
+    model = FastVisionModel.get_peft_model(fresh, r=2, verbose=False, **UNSLOTHS_DEFAULTS)
+    assert model.lora_config.r == 2
+    model.delete_adapter("default")
+    for name, default in UNSLOTHS_DEFAULTS.items():
+        value = 4096 if name == "max_seq_length" else "other"
+        with pytest.raises(ValueError, match=f"{name}={value!r}, and only {default!r} is supported: "):
+            FastVisionModel.get_peft_model(model, **{name: value})
+    assert not model.adapters
+
+
 def test_wrong_arguments_are_refused_before_anything_is_built(fresh, tmp_path):
     with pytest.raises(TypeError, match="did you mean 'lora_alpha'"):
         FastVisionModel.get_peft_model(fresh, lora_alfa=16)
@@ -188,8 +210,15 @@ def test_wrong_arguments_are_refused_before_anything_is_built(fresh, tmp_path):
         FastVisionModel.get_peft_model(fresh, target_parameters=["experts.down_proj"])
     with pytest.raises(ValueError, match="use_gradient_checkpointing='all'"):
         FastVisionModel.get_peft_model(fresh, use_gradient_checkpointing="all")
+    for dtype in ("int8", "bf17"):
+        with pytest.raises(ValueError, match=f"dtype='{dtype}': it must be one of bfloat16, float16"):
+            FastVisionModel.from_pretrained(bundled_model(), dtype=dtype)
+    with pytest.raises(ValueError, match="max_seq_length=0"):
+        FastVisionModel.from_pretrained(bundled_model(), max_seq_length=0)
     with pytest.raises(ValueError, match="max_new_tokens=0"):
         fresh.generate({}, max_new_tokens=0)
+    with pytest.raises(ValueError, match="the batch lacks input_ids and attention_mask"):
+        fresh.generate({})
     with pytest.raises(ValueError, match="no adapter to save"):
         fresh.save_pretrained(tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()

@@ -35,7 +35,7 @@ from vlmlora.lora.peft_format import base_of_adapter, load_adapter_into, read_ad
 from vlmlora.lora.selection import select
 from vlmlora.lora.trained import BaseModel, attach_trained, plan_trained, trained_parts
 from vlmlora.models.hub import copy_processor_files, resolve, upload
-from vlmlora.models.loading import IMPLIED_TRUE, load_model, read_config, resolve_load_mode
+from vlmlora.models.loading import IMPLIED_TRUE, check_dtype, load_model, read_config, resolve_load_mode
 from vlmlora.models.module_table import ModuleTable, module_table
 from vlmlora.models.registry import family_of
 from vlmlora.models.saving import save_checkpoint
@@ -171,12 +171,13 @@ class FastVisionModel:
 
         Raises:
             TypeError: unknown argument; the message names the nearest.
-            ValueError: two load modes at once, an unsupported model, or a checkpoint that does not fit its
-                config; every tensor concerned is named.
+            ValueError: two load modes at once, a `dtype` or `max_seq_length` that cannot be, an unsupported
+                model, or a checkpoint that does not fit its config; every tensor concerned is named.
             FileNotFoundError: no such directory or repository, or no network and nothing in the cache.
         """
         _reject_unknown(FastVisionModel.from_pretrained, unknown)
         policy_by_part(use_gradient_checkpointing)
+        dtype = check_dtype(default_dtype() if dtype is None else dtype)
         enable_compilation_cache()
         quantize = resolve_load_mode(
             load_in_4bit=load_in_4bit,
@@ -192,7 +193,6 @@ class FastVisionModel:
             directory = resolve(base, revision=base_revision, **hub)
 
         config = read_config(directory)
-        dtype = default_dtype() if dtype is None else dtype
         processor = VisionLanguageProcessor(
             family_of(config).processor(directory, config), max_seq_length=max_seq_length
         )
@@ -278,7 +278,7 @@ class FastVisionModel:
             random_state: seed of the adapters' initial values; touches no other generator.
             adapter_name: name of the adapter; see `set_adapter`.
             verbose: print the table of selected modules.
-            unknown: refused.
+            unknown: refused, but for arguments of Unsloth's that ask for nothing.
 
         Returns:
             The same model.
@@ -290,7 +290,7 @@ class FastVisionModel:
             RuntimeError: the active adapter's parameters are gone, see `update`.
         """
         arguments = {k: v for k, v in locals().items() if k in LoraConfig.__dataclass_fields__}
-        _reject_unknown(FastVisionModel.get_peft_model, unknown)
+        _reject_unknown(FastVisionModel.get_peft_model, _without_unsloths_own(unknown, model.max_seq_length))
         model._check_is_whole()
         policy_by_part(use_gradient_checkpointing)
         if model.full_finetuning:
@@ -577,7 +577,8 @@ class FastVisionModel:
 
         Raises:
             TypeError: unknown argument; the message names the nearest.
-            ValueError: no adapter, another `save_method`, or `base` is not the adapter's.
+            ValueError: no adapter, another `save_method` or `dtype`, or `base` is not the adapter's.
+            FileExistsError: `directory` holds an adapter.
             OSError: writing failed.
             RuntimeError: the trainable parameters are gone, see `update`.
         """
@@ -721,12 +722,15 @@ class FastVisionModel:
             The new tokens alone; ``processor.batch_decode`` reads them.
 
         Raises:
-            ValueError: `max_new_tokens` is less than 1.
+            ValueError: `max_new_tokens` is less than 1, or `batch` is no batch.
             RuntimeError: the trainable parameters are gone, see `update`.
         """
         self._check_is_whole()
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens}: it must be at least 1")
+        found = batch if isinstance(batch, Mapping) else {}
+        if missing := [name for name in ("input_ids", "attention_mask") if name not in found]:
+            raise ValueError(f"the batch lacks {' and '.join(missing)}; make it with processor.collate")
         ends = self.eos_token_ids if eos_token_id is None else np.atleast_1d(eos_token_id).tolist()
         graphdef, state = nnx.split(self.module)
         return greedy_decode(
@@ -748,6 +752,27 @@ def _place_on_mesh(module: nnx.Module) -> None:
 def default_dtype() -> DTypeLike:
     """bfloat16, or float32 where the default device is a CPU."""
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
+UNSLOTHS_OWN = {
+    "temporary_location": ("_unsloth_temporary_saved_buffers", "nothing is put into files; leave it out"),
+    "qat_scheme": (None, "training does not imitate a later quantisation; leave it out"),
+    "finetune_audio_layers": (False, "no supported model hears; leave it out"),
+    "offload_layers": (None, "weights stay on the device, and a mesh divides them; leave it out"),
+    "checkpoint_skip_layers": (0, "use_gradient_checkpointing says which values layers keep; leave it out"),
+}
+"""Arguments that Unsloth's `get_peft_model` has alone: the value that asks for nothing, and why no other is
+taken."""
+
+
+def _without_unsloths_own(unknown: Mapping[str, Any], max_seq_length: int) -> dict[str, Any]:
+    """What is left without arguments of `UNSLOTHS_OWN` that ask for nothing."""
+    of_loading = max_seq_length, "rows are as long as from_pretrained was told; give it there"
+    own = {"max_seq_length": of_loading, **UNSLOTHS_OWN}
+    for name, (nothing, reason) in own.items():
+        if name in unknown and unknown[name] not in (None, nothing):
+            raise ValueError(f"{name}={unknown[name]!r}, and only {nothing!r} is supported: {reason}")
+    return {name: value for name, value in unknown.items() if name not in own}
 
 
 SAVE_METHODS = {

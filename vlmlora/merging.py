@@ -45,7 +45,8 @@ def merge_checkpoint(
 
     Raises:
         FileNotFoundError: no such directory or repository, or files of it are missing.
-        ValueError: adapter and base do not belong together, or the adapter cannot be merged.
+        ValueError: adapter and base do not belong together, the adapter cannot be merged, or another `dtype`.
+        FileExistsError: `directory` holds an adapter.
         NotImplementedError: the adapter uses something that is not supported.
         OSError: writing failed.
     """

@@ -135,7 +135,7 @@ def test_what_exceeds_the_budget_is_refused(processor):
         processor.collate(samples, Budget(max_patches=65))
     with pytest.raises(ValueError, match="4 samples for a batch of 2 rows"):
         processor.collate(samples, batch_size=2)
-    with pytest.raises(ValueError, match="0 samples"):
+    with pytest.raises(ValueError, match="no sample to collate"):
         processor.collate([])
 
 

@@ -163,8 +163,10 @@ def test_errors_of_a_message(message, reason):
 def test_errors_of_a_sample():
     with pytest.raises(ValueError, match="row 3: 1 of its images have no placeholder"):
         read_messages({"messages": user({"type": "text", "text": "x"}), "images": [picture(9, 9)]}, row=3)
-    with pytest.raises(ValueError, match="row 3: needed a non-empty list under 'messages'"):
+    with pytest.raises(ValueError, match=r"row 3: needed a non-empty list .*found keys \['conversations'\]"):
         read_messages({"conversations": []}, row=3)
+    with pytest.raises(ValueError, match=r"sample: needed a non-empty list under 'messages', found \[\]"):
+        read_messages([])
 
 
 @pytest.mark.parametrize("limit", [2000, 1000])

@@ -252,6 +252,8 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(checkpoint, randomi
         model.save_pretrained_merged(out, base=tmp_path / "other")
     with pytest.raises(ValueError, match="max_shard_size='5 parsecs'"):
         model.save_pretrained_merged(out, max_shard_size="5 parsecs")
+    with pytest.raises(ValueError, match="dtype='int8': it must be one of bfloat16"):
+        model.save_pretrained_merged(out, dtype="int8")
     with monkeypatch.context() as patched:
         adapted = list(merge.adapted_modules(model.module, model.module_table))
         patched.setattr(merge, "adapted_modules", lambda *_: adapted[:1])
@@ -266,6 +268,9 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(checkpoint, randomi
 
     model.save_pretrained_merged(out, save_method="lora")
     assert (out / "adapter_model.safetensors").exists()
+    with pytest.raises(FileExistsError, match="not the merged weights beside it; name another"):
+        model.save_pretrained_merged(out)
+    assert not (out / "config.json").exists()
     with pytest.raises(ValueError, match="it is no adapter"):
         merge_checkpoint(checkpoint, tmp_path / "merged", base=checkpoint)
 

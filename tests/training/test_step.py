@@ -342,8 +342,18 @@ def test_wrong_arguments_are_refused(trained, parts):
         make_loss_fn(parts[0], gradient_checkpointing={"visual": True, "language": True})
     with pytest.raises(ValueError, match=r"'some' is unknown; .*'attention\+mlp', 'auto', .*'recompute'"):
         make_loss_fn(parts[0], gradient_checkpointing={"language": "some"})
-    with pytest.raises(ValueError, match="warmup_steps=7"):
+    with pytest.raises(ValueError, match="chunk_size=0"):
+        make_loss_fn(parts[0], chunk_size=0)
+    with pytest.raises(ValueError, match="memory_budget=0"):
+        make_train_step(make_loss_fn(parts[0]), optax.sgd(1.0), memory_budget=0)
+    without_labels = {"input_ids": jnp.asarray(BATCH["input_ids"])}
+    with pytest.raises(ValueError, match="the batch has no labels, only input_ids"):
+        make_loss_fn(parts[0])(parts[1], parts[2], without_labels)
+    with pytest.raises(ValueError, match=r"warmup_steps=7 .*warmup_steps=0 goes without"):
         adamw(total_steps=7, warmup_steps=7)
+    for rate in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"learning_rate={rate}"):
+            adamw(rate, total_steps=7)
     with pytest.raises(ValueError, match="schedule='step'"):
         adamw(total_steps=7, schedule="step")
     with pytest.raises(ValueError, match="no batch"):

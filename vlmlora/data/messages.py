@@ -7,6 +7,7 @@ Both forms of the field are taken: images inside the messages (`{"type": "image"
 import base64
 import binascii
 import os
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -88,7 +89,8 @@ def read_messages(
     fields = sample if isinstance(sample, Mapping) else {"messages": sample}
     messages = fields.get("messages")
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise ValueError(f"{where}: needed a non-empty list under 'messages', found keys {sorted(fields)}")
+        found = f"keys {sorted(fields)}" if messages is None else reprlib.repr(messages)
+        raise ValueError(f"{where}: needed a non-empty list under 'messages', found {found}")
     reader = _Reader(tuple(placeholders), list(fields.get("images") or ()), list(fields.get("videos") or ()))
     read = [reader.message(message, f"{where}, message {i}") for i, message in enumerate(messages)]
     for name, left in (("image", reader.spare_images), ("video", reader.spare_videos)):

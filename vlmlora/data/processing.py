@@ -214,6 +214,8 @@ class VisionLanguageProcessor:
     """
 
     def __init__(self, family: FamilyProcessor, *, max_seq_length: int = 2048):
+        if max_seq_length < 1:
+            raise ValueError(f"max_seq_length={max_seq_length}: it must be at least 1")
         self.family = family
         self.max_seq_length = max_seq_length
         added = family.tokenizer.added_tokens_decoder.values()
@@ -432,8 +434,10 @@ class VisionLanguageProcessor:
         """
         budget = budget or Budget()
         rows = len(samples) if batch_size is None else batch_size
-        if len(samples) > rows or not (samples or (rows and budget.max_length)):
-            raise ValueError(f"{len(samples)} samples for a batch of {rows} rows; needed 1 to {rows}")
+        if len(samples) > rows:
+            raise ValueError(f"{len(samples)} samples for a batch of {rows} rows; needed {rows} at most")
+        if not (samples or (rows and budget.max_length)):
+            raise ValueError("no sample to collate; a batch without any needs batch_size and max_length")
         longest = max(map(len, samples), default=0)
         tokens = budget.max_length or _multiple(longest, pad_to_multiple_of)
         if longest > tokens:

@@ -21,9 +21,11 @@ from vlmlora.lora.adapters import detach
 from vlmlora.lora.apply import adapted_modules, trainable_parameters
 from vlmlora.lora.config import LoraConfig
 from vlmlora.lora.layer import Lora
+from vlmlora.lora.peft_format import CONFIG_FILE
 from vlmlora.lora.trained import HEAD, BaseModel, remove_trained, trained_parts, trained_tensors
 from vlmlora.models.checkpoint import read_checkpoint
 from vlmlora.models.load_plan import Piece, plan_loading, unstacked_parameters
+from vlmlora.models.loading import check_dtype
 from vlmlora.models.module_table import LinearSpec, ModuleTable, linear_modules
 from vlmlora.models.registry import family_of
 from vlmlora.models.saving import MAX_SHARD_SIZE, Tensor, main_dtype, plain_config, write_checkpoint
@@ -121,7 +123,8 @@ def save_merged(
         finish: see `vlmlora.models.saving.write_checkpoint`.
 
     Raises:
-        ValueError: an adapter that no checkpoint can hold, or `base` does not fit.
+        ValueError: an adapter that no checkpoint can hold, another `dtype`, or `base` does not fit.
+        FileExistsError: `directory` holds an adapter.
         FileNotFoundError: `base` has no weights.
         NotADirectoryError: a file stands at `directory`.
         OSError: writing failed.
@@ -132,8 +135,13 @@ def save_merged(
             "an adapter that started with init_lora_weights='loftq' makes up for the rounding of the base "
             "it was trained on, and is wrong on another; leave base out"
         )
-    changes = _changes(module, table, from_file=base is not None)
-    tally, dtype = _Tally(), np.dtype(dtype)
+    dtype = check_dtype(dtype)
+    if (adapter := Path(directory).expanduser() / CONFIG_FILE).exists():
+        raise FileExistsError(
+            f"{adapter} exists: transformers would load that adapter and its base, not the merged weights "
+            "beside it; name another directory"
+        )
+    changes, tally = _changes(module, table, from_file=base is not None), _Tally()
     sources = _of_model(module) if base is None else _of_checkpoint(base, config)
     merged_config = plain_config(config, architecture=type(module).__name__)
     if unties_head(module):

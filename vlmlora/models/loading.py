@@ -4,7 +4,7 @@ import functools
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,22 @@ class ImpliedTrue(int):
 
 
 IMPLIED_TRUE = ImpliedTrue(True)
+
+
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+"""Types of parameters that are not quantised."""
+
+
+def check_dtype(dtype: DTypeLike) -> np.dtype:
+    """The type of this name.
+
+    Raises:
+        ValueError: it is none of `DTYPES`.
+    """
+    with suppress(TypeError):
+        if (found := jnp.dtype(dtype)).name in DTYPES:
+            return found
+    raise ValueError(f"dtype={dtype!r}: it must be one of {', '.join(DTYPES)}, by name or of jax.numpy")
 
 
 def resolve_load_mode(

@@ -209,9 +209,11 @@ def make_loss_fn(
         `key` drives adapter dropout and may be left out. On a mesh the rows of the batch are cut.
 
     Raises:
-        ValueError: an unknown policy; or when the loss is traced on a mesh among whose devices the batch's
-            rows do not divide.
+        ValueError: an unknown policy, or a `chunk_size` below 1; when the loss is traced, a batch without
+            labels, or one on a mesh among whose devices its rows do not divide.
     """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size}: it must be at least 1")
 
     def compute(
         remats: TowerRemats,
@@ -220,6 +222,8 @@ def make_loss_fn(
         batch: Mapping[str, jax.Array],
         key: PRNGKeyArray | None,
     ) -> Float[Array, ""]:
+        if "labels" not in batch:
+            raise ValueError(f"the batch has no labels, only {', '.join(batch)}; needed [batch, tokens]")
         model = nnx.merge(graphdef, adapters, frozen)
         mesh = getattr(model, "mesh", None)
         if mesh is not None:

@@ -23,10 +23,15 @@ def adamw(
         max_grad_norm: gradients of a larger global norm are scaled down to it; None leaves them.
 
     Raises:
-        ValueError: unknown schedule, or a warm-up longer than the run.
+        ValueError: unknown schedule, a warm-up as long as the run, or a negative rate.
     """
+    if not learning_rate >= 0:
+        raise ValueError(f"learning_rate={learning_rate}: it must be at least 0")
     if not 0 <= warmup_steps < total_steps:
-        raise ValueError(f"warmup_steps={warmup_steps} must lie in [0, total_steps={total_steps})")
+        raise ValueError(
+            f"warmup_steps={warmup_steps} must lie in [0, total_steps={total_steps}); "
+            "warmup_steps=0 goes without"
+        )
     decay_steps = total_steps - warmup_steps
     decays = {
         "linear": optax.linear_schedule(learning_rate, 0.0, decay_steps),

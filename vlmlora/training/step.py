@@ -111,8 +111,11 @@ def make_train_step(
     Raises:
         StepTooLargeError: when the step is called and does not fit; a `MemoryError` that says what is needed,
             what there is, and what would fit. The state is as it was.
-        ValueError: when the step is called on a mesh with a batch whose rows do not divide among its devices.
+        ValueError: a `memory_budget` below 1; or when the step is called on a mesh with a batch whose rows do
+            not divide among its devices.
     """
+    if memory_budget is not None and memory_budget < 1:
+        raise ValueError(f"memory_budget={memory_budget}: it must be at least 1 byte")
 
     def step_of(loss_fn: LossFn) -> TrainStep:
         def step(
