@@ -179,7 +179,6 @@ def test_names_order_and_defaults_are_unsloths():
 
 UNSLOTHS_DEFAULTS = {
     "max_seq_length": 2048,
-    "temporary_location": "_unsloth_temporary_saved_buffers",
     "qat_scheme": None,
     "finetune_audio_layers": False,
     "offload_layers": None,
@@ -189,7 +188,8 @@ UNSLOTHS_DEFAULTS = {
 
 
 def test_arguments_that_only_unsloth_has_may_ask_for_nothing(fresh):
-    model = FastVisionModel.get_peft_model(fresh, r=2, verbose=False, **UNSLOTHS_DEFAULTS)
+    arguments = {**UNSLOTHS_DEFAULTS, "temporary_location": "anywhere"}
+    model = FastVisionModel.get_peft_model(fresh, r=2, verbose=False, **arguments)
     assert model.lora_config.r == 2
     model.delete_adapter("default")
     for name, default in UNSLOTHS_DEFAULTS.items():

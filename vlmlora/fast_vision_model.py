@@ -755,7 +755,6 @@ def default_dtype() -> DTypeLike:
 
 
 UNSLOTHS_OWN = {
-    "temporary_location": ("_unsloth_temporary_saved_buffers", "nothing is put into files; leave it out"),
     "qat_scheme": (None, "training does not imitate a later quantisation; leave it out"),
     "finetune_audio_layers": (False, "no supported model hears; leave it out"),
     "offload_layers": (None, "weights stay on the device, and a mesh divides them; leave it out"),
@@ -766,13 +765,15 @@ taken."""
 
 
 def _without_unsloths_own(unknown: Mapping[str, Any], max_seq_length: int) -> dict[str, Any]:
-    """What is left without arguments of `UNSLOTHS_OWN` that ask for nothing."""
+    """What is left without arguments that Unsloth's has alone and that ask for nothing."""
     of_loading = max_seq_length, "rows are as long as from_pretrained was told; give it there"
     own = {"max_seq_length": of_loading, **UNSLOTHS_OWN}
     for name, (nothing, reason) in own.items():
         if name in unknown and unknown[name] not in (None, nothing):
             raise ValueError(f"{name}={unknown[name]!r}, and only {nothing!r} is supported: {reason}")
-    return {name: value for name, value in unknown.items() if name not in own}
+    # Wherever its files would go, there are none here.
+    harmless = {*own, "temporary_location"}
+    return {name: value for name, value in unknown.items() if name not in harmless}
 
 
 SAVE_METHODS = {

@@ -6,7 +6,7 @@ import torch
 
 from tests.processing.reference import hf_processor, picture
 from tests.processing.test_positions import RopeIndex
-from vlmlora.data.loader import make_batches, prefetch
+from vlmlora.data.loader import check_dataset, make_batches, prefetch
 from vlmlora.data.processing import Budget, VisionLanguageProcessor
 
 
@@ -248,6 +248,10 @@ def test_a_sample_that_cannot_be_used_is_named_by_its_row(processor):
         make_batches(dataset[:3], processor, batch_size=4, drop_remainder=True)
     with pytest.raises(ValueError, match="a dataset of 0 samples"):
         make_batches([], processor, batch_size=4)
+    with pytest.raises(TypeError, match=r"a dict of 'train', 'test'; pass one of them, .*dataset\['train'\]"):
+        make_batches({"train": dataset, "test": dataset}, processor, batch_size=4)
+    with pytest.raises(TypeError, match=r"a generator without a length .*list\(dataset\) has both"):
+        check_dataset(row for row in dataset)
 
 
 def test_samples_may_be_encoded_beforehand(processor):

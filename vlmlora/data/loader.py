@@ -31,6 +31,22 @@ class Dataset(Protocol):
         """Messages as `read_messages` takes them, or what `encode` made of them."""
 
 
+def check_dataset(dataset: Any) -> None:
+    """Fail on what is no `Dataset`.
+
+    Raises:
+        TypeError: it has no length or no rows by number.
+    """
+    if isinstance(dataset, Mapping):
+        names = ", ".join(map(repr, dataset))
+        raise TypeError(f"the dataset is a dict of {names}; pass one of them, such as dataset['train']")
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"the dataset is a {type(dataset).__name__} without a length or without rows by number, which "
+            "shuffling and resuming need; list(dataset) has both"
+        )
+
+
 def make_batches(
     dataset: Dataset,
     processor: VisionLanguageProcessor,
@@ -83,8 +99,10 @@ def make_batches(
             cannot share `batch_size` evenly, or would have batches of different sizes. A sample that cannot
             be encoded raises when it is first read, and is named by its row, as is one that does not fit a
             packed row.
+        TypeError: `dataset` has no rows by number: a stream, or a dict of splits.
         NotImplementedError: `packing` with a model whose samples cannot share a row.
     """
+    check_dataset(dataset)
     if packing:
         processor.check_packing()
     size = len(dataset)

@@ -89,7 +89,8 @@ def read_messages(
     fields = sample if isinstance(sample, Mapping) else {"messages": sample}
     messages = fields.get("messages")
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        found = f"keys {sorted(fields)}" if messages is None else reprlib.repr(messages)
+        has_none = isinstance(sample, Mapping) and messages is None
+        found = f"keys {sorted(fields)}" if has_none else reprlib.repr(messages)
         raise ValueError(f"{where}: needed a non-empty list under 'messages', found {found}")
     reader = _Reader(tuple(placeholders), list(fields.get("images") or ()), list(fields.get("videos") or ()))
     read = [reader.message(message, f"{where}, message {i}") for i, message in enumerate(messages)]
