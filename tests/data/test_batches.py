@@ -248,7 +248,7 @@ def test_a_sample_that_cannot_be_used_is_named_by_its_row(processor):
         make_batches(dataset[:3], processor, batch_size=4, drop_remainder=True)
     with pytest.raises(ValueError, match="a dataset of 0 samples"):
         make_batches([], processor, batch_size=4)
-    with pytest.raises(TypeError, match=r"a dict of 'train', 'test'; pass one of them, .*dataset\['train'\]"):
+    with pytest.raises(TypeError, match="a dict of 'train', 'test'; pass one split of it"):
         make_batches({"train": dataset, "test": dataset}, processor, batch_size=4)
     with pytest.raises(TypeError, match=r"a generator without a length .*list\(dataset\) has both"):
         check_dataset(row for row in dataset)

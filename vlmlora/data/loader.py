@@ -39,7 +39,7 @@ def check_dataset(dataset: Any) -> None:
     """
     if isinstance(dataset, Mapping):
         names = ", ".join(map(repr, dataset))
-        raise TypeError(f"the dataset is a dict of {names}; pass one of them, such as dataset['train']")
+        raise TypeError(f"the dataset is a dict of {names}; pass one split of it, or a list of its rows")
     if not isinstance(dataset, Dataset):
         raise TypeError(
             f"the dataset is a {type(dataset).__name__} without a length or without rows by number, which "

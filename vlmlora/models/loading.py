@@ -67,7 +67,7 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 def check_dtype(dtype: DTypeLike) -> np.dtype:
-    """The type of this name.
+    """The same type as NumPy's, if a parameter can have it.
 
     Raises:
         ValueError: it is none of `DTYPES`.
