@@ -116,44 +116,72 @@ def test_sums_that_are_handed_over_are_added_where_they_belong(threads):
     np.testing.assert_array_equal(total[..., :128], (mine + theirs)[..., :128])
 
 
+PLANS = {
+    "unshared": schedule.Schedule.unshared,
+    "even": schedule.Schedule.even,
+    "headed": schedule.Schedule.headed,
+    "in step": schedule.Schedule.in_step,
+    "fastest": schedule.Schedule.fastest,
+}
+
+
 @given(
     tiles=st.integers(1, 700),
     steps=st.integers(1, 300),
     most_blocks=st.integers(1, 132),
-    how=st.sampled_from(["whole", "balanced", "in step"]),
+    how=st.sampled_from(sorted(PLANS)),
 )
 @settings(deadline=None)
 def test_every_step_is_taken_once_and_every_sum_is_waited_for(tiles, steps, most_blocks, how):
-    if how == "in step":
-        plan = schedule.Schedule.in_step(tiles, steps, most_blocks)
-    else:
-        plan = schedule.Schedule.balanced(tiles, steps, most_blocks, how == "balanced")
-    blocks = range(plan.blocks)
+    plan = PLANS[how](tiles, steps, most_blocks)
     taken = np.zeros((tiles, steps), int)
-    handed, awaited = [], []
+    handed, awaited = {}, {}
     with mock.patch.object(schedule, "jnp", np):  # which compiles nothing
-        counts = [plan.count(block) for block in blocks]
-        for block, count in zip(blocks, counts, strict=True):
+        counts = [int(plan.count(block)) for block in range(plan.blocks)]
+        for block, count in enumerate(counts):
             tile, step = plan.position(block, np.arange(count))
             np.add.at(taken, (tile, step), 1)
-            pieces = plan.piece(block, np.arange(plan.pieces(block)))
-            begin, end, starts, ends = pieces
+            begin, end, starts, ends = plan.piece(block, np.arange(plan.pieces(block)))
             # The pieces are the runs of steps of the same tile.
             np.testing.assert_array_equal(begin, np.flatnonzero(np.diff(tile, prepend=-1)))
             np.testing.assert_array_equal(end, [*begin[1:], count][: len(begin)])
             np.testing.assert_array_equal(starts, step[begin] == 0)
             np.testing.assert_array_equal(ends, step[end - 1] == steps - 1)
-            handed += [block] * int((~starts).sum())
-            if (starts & ~ends).any():
-                assert np.flatnonzero(starts & ~ends).tolist() == [len(begin) - 1]
-                awaited += range(block + 1, plan.last_sharing(block) + 1)
+            for number in np.flatnonzero(~starts):
+                place = int(plan.handed_over(block, number))
+                assert place not in handed
+                assert 0 <= place < plan.shares
+                handed[place] = tile[begin[number]], block
+            for number in np.flatnonzero(starts & ~ends):
+                assert number == len(begin) - 1, "it has nothing else to do meanwhile"
+                for place in range(*map(int, plan.awaited(block))):
+                    awaited[place] = tile[begin[number]], block
     assert (taken == 1).all()
-    assert handed == awaited == sorted(set(awaited)), "each hands over one sum, which one block awaits"
-    assert plan.sharers or not handed
-    if plan.sharers and how == "balanced":
+    assert handed.keys() == awaited.keys()
+    for place, (tile, block) in handed.items():
+        assert awaited[place][0] == tile
+        assert awaited[place][1] < block, "a block waits for none that starts after it"
+    assert plan.helpers or not handed
+    assert plan.longest == max(counts)
+    if how == "even":
         assert np.ptp(counts) <= 1
-    if how == "in step":
+    else:
         assert max(counts) <= steps * -(-tiles // most_blocks), "no longer than without sharing"
+
+
+@pytest.mark.parametrize(
+    ("tiles", "steps", "expected"),
+    [
+        (128, 224, schedule.Schedule.unshared),  # 4 of 132 blocks idle
+        (64, 224, schedule.Schedule.in_step),
+        (80, 128, schedule.Schedule.headed),
+        (296, 56, schedule.Schedule.even),  # short
+        (28, 296, schedule.Schedule.even),  # few tiles, each of many blocks
+    ],
+)
+def test_blocks_are_at_the_same_steps_where_that_is_faster(tiles, steps, expected):
+    options = {"lead": schedule._LEAD} if expected == schedule.Schedule.in_step else {}
+    assert schedule.Schedule.fastest(tiles, steps, 132) == expected(tiles, steps, 132, **options)
 
 
 @pytest.mark.parametrize("nested", [False, True])

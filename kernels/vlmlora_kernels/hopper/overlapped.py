@@ -155,14 +155,14 @@ def matmul(
     steps = pl.cdiv(summed, STEP)
     schedule = Schedule.in_step(bands * token_tiles, steps, clusters)
     scale_count = 4 if nested else 1
-    shared_sums = schedule.sharers * _CLUSTER * 2
+    shared_sums = schedule.shares * _CLUSTER * 2
     # Of the semaphores: the next part to decode, decoded parts of bands and of chunks, sums handed over.
     first_chunk = 1 + bands
     first_share = first_chunk + bands * parts.chunks
 
     def body(x, codes, *rest) -> None:
         scales, (out, weight, *rest) = rest[:scale_count], rest[scale_count:]
-        sums, rest = (rest[0], rest[1:]) if schedule.sharers else (None, rest)
+        sums, rest = (rest[0], rest[1:]) if schedule.helpers else (None, rest)
         x_views, w_views, piece_views, scale_table, full, free = rest
         x_tiles, x_operands = x_views
         w_tiles, w_operands = w_views
@@ -289,7 +289,9 @@ def matmul(
                     columns = pl.ds(band * BAND + index * _PIECE, _PIECE)
                     plgpu.copy_smem_to_gmem(pieces.at[group], out.at[pl.ds(first, _GROUP_TOKENS), columns])
 
-            shares = Shares(sums, progress, first_share, lambda block: (block * _CLUSTER + rank) * 2 + group)
+            shares = Shares(
+                sums, progress, first_share, lambda number: (number * _CLUSTER + rank) * 2 + group
+            )
             compute_pieces(schedule, block, shares, place, product, write_tile)
             plgpu.wait_smem_to_gmem(0)
 
@@ -297,7 +299,7 @@ def matmul(
         jax.ShapeDtypeStruct((tokens, kept), jnp.bfloat16),
         jax.ShapeDtypeStruct(shape, jnp.bfloat16),
     ]
-    if schedule.sharers:
+    if schedule.helpers:
         out_type.append(jax.ShapeDtypeStruct((shared_sums, _GROUP_TOKENS * BAND), jnp.float32))
 
     def both_views(*shape: int) -> plgpu.RefUnion:

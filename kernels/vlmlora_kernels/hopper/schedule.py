@@ -1,8 +1,8 @@
 """How the tiles of a product are shared out among blocks of threads, and how a block hands sums over.
 
-Tiles rarely fill a whole number of waves. So each block first takes whole tiles and then an equal share of
-the steps of the rest (stream-K, https://arxiv.org/abs/2301.03598): the block that has a tile's first step
-waits for the sums of the others and adds them, always in the same order.
+Tiles rarely fill a whole number of waves. So each block first takes whole tiles and then a share of the steps
+of the rest (stream-K, https://arxiv.org/abs/2301.03598): the block that has a tile's first step waits for the
+sums of the others and adds them, always in the same order.
 """
 
 import dataclasses
@@ -24,6 +24,8 @@ from vlmlora_kernels.hopper import simt
 
 _FEWEST_STEPS = 8  # of a block, if there are more blocks than tiles
 _SHARING_STEPS = 6  # as long as it takes to hand a tile's sums over
+_LEAD = 4  # steps that a head is longer than an equal share, for the time that helpers take to hand sums over
+_LONG = 96  # steps of a tile, from which on it pays that blocks are at the same ones
 _MOST_SHARING = 4  # blocks; one of them adds the sums of the others, one after the other
 
 
@@ -31,45 +33,53 @@ _MOST_SHARING = 4  # blocks; one of them adds the sums of the others, one after 
 class Schedule:
     """Which steps of which tiles each block of threads takes, in order.
 
-    First come whole tiles, in turn. The steps of those that are left, one tile after the other, are cut into
-    equal shares of the first blocks, or with none into whole tiles. Its methods take integers of Python or of
-    JAX.
+    First come whole tiles, in turn. Of each tile that is left the first steps, its head, may be one block's;
+    the others, one tile after the other, are cut into equal parts of the remaining blocks, the helpers. Its
+    methods take integers of Python or of JAX.
+
+    Heads are all at the same step at a time, so that what several tiles read at a step is read at about the
+    same time, and but once from memory.
 
     Attributes:
         tiles: of the result.
         steps: along the summed axis of a tile.
         blocks: of threads.
         whole: tiles that each block takes whole.
-        sharers: blocks that get an equal share of the rest; 0: that takes whole tiles too.
+        head: steps of each tile that is left which one block takes; 0: helpers take all.
+        helpers: blocks that share the others.
     """
 
     tiles: int
     steps: int
     blocks: int
     whole: int
-    sharers: int
+    head: int
+    helpers: int
 
     @staticmethod
-    def balanced(tiles: int, steps: int, most_blocks: int, split: bool) -> "Schedule":
-        """The schedule that ends soonest.
+    def unshared(tiles: int, steps: int, most_blocks: int) -> "Schedule":
+        """The schedule of whole tiles alone."""
+        return Schedule(tiles, steps, min(tiles, most_blocks), tiles // most_blocks, steps, 0)
 
-        Args:
-            tiles: of the result.
-            steps: of a tile.
-            most_blocks: that run at a time.
-            split: allow shared tiles.
-        """
-        waves, rest = divmod(tiles, most_blocks)
-        # Without sharing, the last wave lasts as long as a whole one.
-        gain = steps * (1 - rest / most_blocks) if rest else 0
-        if not split or gain <= _SHARING_STEPS:
-            return Schedule(tiles, steps, min(tiles, most_blocks), waves, 0)
+    @staticmethod
+    def even(tiles: int, steps: int, most_blocks: int) -> "Schedule":
+        """A schedule without heads: each block takes as many steps as any other, or one more."""
         blocks = max(1, min(most_blocks, tiles * steps // _FEWEST_STEPS))
         # At least a tile for each block is left, so that no more than two or three share one.
-        return Schedule(tiles, steps, blocks, max(0, tiles // blocks - 1), blocks)
+        return Schedule(tiles, steps, blocks, max(0, tiles // blocks - 1), 0, blocks)
 
     @staticmethod
-    def in_step(tiles: int, steps: int, most_blocks: int) -> "Schedule":
+    def headed(tiles: int, steps: int, most_blocks: int) -> "Schedule":
+        """A schedule in which the heads of tiles are all at the same step at a time."""
+        waves, rest = divmod(tiles, most_blocks)
+        blocks = min(most_blocks, rest * steps // _FEWEST_STEPS)
+        head = pl.cdiv(rest * steps, blocks) + _LEAD if blocks > rest else steps
+        if head >= steps:
+            return Schedule.unshared(tiles, steps, most_blocks)
+        return Schedule(tiles, steps, most_blocks if waves else blocks, waves, head, blocks - rest)
+
+    @staticmethod
+    def in_step(tiles: int, steps: int, most_blocks: int, lead: int = 0) -> "Schedule":
         """A schedule in which blocks are at the same steps of their tiles, or at a few.
 
         So what several tiles read at a step is read at about the same time, and but once from memory. Only
@@ -79,58 +89,134 @@ class Schedule:
             tiles: of the result.
             steps: of a tile.
             most_blocks: that run at a time.
+            lead: steps that a head is longer than what a helper takes of the tile.
         """
         waves, rest = divmod(tiles, most_blocks)
         sharing = min(_MOST_SHARING, most_blocks // rest, steps // _FEWEST_STEPS) if rest else 0
         if sharing < 2 or steps * (1 - 1 / sharing) <= _SHARING_STEPS:
-            return Schedule(tiles, steps, min(tiles, most_blocks), waves, 0)
-        return Schedule(tiles, steps, most_blocks if waves else rest * sharing, waves, rest * sharing)
+            return Schedule.unshared(tiles, steps, most_blocks)
+        blocks = most_blocks if waves else rest * sharing
+        head = (steps + lead * (sharing - 1)) // sharing
+        return Schedule(tiles, steps, blocks, waves, head, rest * (sharing - 1))
+
+    @staticmethod
+    def fastest(tiles: int, steps: int, most_blocks: int) -> "Schedule":
+        """The schedule that ends soonest, as far as measured.
+
+        Blocks that are at the same steps are so much faster that they may take a few more, where the summed
+        axis is long; where it is short, the wait for the helpers' sums at the end costs more than that.
+
+        Args:
+            tiles: of the result.
+            steps: of a tile.
+            most_blocks: that run at a time.
+        """
+        unshared = Schedule.unshared(tiles, steps, most_blocks)
+        even = Schedule.even(tiles, steps, most_blocks)
+        if unshared.longest <= max(1.1 * even.longest, even.longest + _SHARING_STEPS):
+            return unshared
+        if steps < _LONG or 3 * (tiles % most_blocks) < most_blocks:
+            return even
+        in_step = Schedule.in_step(tiles, steps, most_blocks, _LEAD)
+        headed = Schedule.headed(tiles, steps, most_blocks)
+        return in_step if in_step.longest <= 1.02 * headed.longest else headed
 
     @property
-    def shared(self) -> int:
-        """Steps that are cut into shares."""
-        return (self.tiles - self.whole * self.blocks) * self.steps
+    def rest(self) -> int:
+        """Tiles that are not taken whole in turn."""
+        return self.tiles - self.whole * self.blocks
 
-    def first(self, block: Any) -> Any:
-        """The first of the shared steps that a block takes; those of the next block follow its own."""
-        if self.sharers:
-            return jnp.minimum(block, self.sharers) * self.shared // self.sharers
-        return jnp.minimum(block * self.steps, self.shared)
+    @property
+    def heads(self) -> int:
+        """Blocks that take a head."""
+        return self.rest if self.head else 0
+
+    @property
+    def longest(self) -> int:
+        """The most steps that a block takes."""
+        shared = -(-self.rest * (self.steps - self.head) // self.helpers) if self.helpers else 0
+        return self.whole * self.steps + max(self.head if self.rest else 0, shared)
+
+    @property
+    def shares(self) -> int:
+        """Places for the sums that are handed over."""
+        return self.rest + self.helpers - 1 if self.helpers else 0
+
+    def _helped(self, helper: Any) -> Any:
+        """The first of the helpers' steps that one takes; those of the next one follow its own."""
+        return (
+            jnp.clip(helper, 0, self.helpers) * (self.rest * (self.steps - self.head)) // max(self.helpers, 1)
+        )
+
+    def _helper(self, step: Any) -> Any:
+        """Which helper takes one of their steps."""
+        return ((step + 1) * self.helpers - 1) // max(self.rest * (self.steps - self.head), 1)
+
+    def _line(self, block: Any) -> tuple:
+        """What a block takes of the tiles that are not whole, in a line of heads or of what follows them: the
+        first step there, the one after the last, how many of a tile stand there, and how many before them do
+        not."""
+        helper = block - self.heads
+        is_head = helper < 0
+        first = jnp.where(is_head, block * self.head, self._helped(helper))
+        end = jnp.where(is_head, (block + 1) * self.head, self._helped(helper + 1))
+        tail = max(self.steps - self.head, 1)
+        return first, end, jnp.where(is_head, self.head, tail), jnp.where(is_head, 0, self.head)
 
     def count(self, block: Any) -> Any:
         """How many steps a block takes."""
-        return self.whole * self.steps + self.first(block + 1) - self.first(block)
+        first, end, _, _ = self._line(block)
+        return self.whole * self.steps + end - first
 
     def pieces(self, block: Any) -> Any:
         """Of how many tiles these are."""
-        return self.whole + pl.cdiv(self.first(block + 1), self.steps) - self.first(block) // self.steps
+        first, end, length, _ = self._line(block)
+        return self.whole + pl.cdiv(end, length) - first // length
 
     def position(self, block: Any, number: Any) -> tuple:
         """A block's step of this number: tile, and step of the tile."""
+        first, _, length, before = self._line(block)
         own = self.whole * self.steps
+        step = number - own + first
         is_whole = number < own
-        step = jnp.where(is_whole, number, number - own + self.first(block))
-        tile = step // self.steps
-        return jnp.where(
-            is_whole, tile * self.blocks + block, self.whole * self.blocks + tile
-        ), step % self.steps
+        return (
+            jnp.where(
+                is_whole,
+                number // self.steps * self.blocks + block,
+                self.whole * self.blocks + step // length,
+            ),
+            jnp.where(is_whole, number % self.steps, before + step % length),
+        )
 
     def piece(self, block: Any, number: Any) -> tuple:
         """A block's tile of this number: the block's first step of it, its end, and whether the tile starts
         and ends with them."""
-        first, last = self.first(block), self.first(block + 1)
-        start = (first // self.steps + number - self.whole) * self.steps
-        stop = start + self.steps
-        own = self.whole * self.steps - first
+        first, end, length, before = self._line(block)
         is_whole = number < self.whole
-        begin = jnp.where(is_whole, number * self.steps, jnp.maximum(start, first) + own)
-        end = jnp.where(is_whole, (number + 1) * self.steps, jnp.minimum(stop, last) + own)
-        return begin, end, is_whole | (start >= first), is_whole | (stop <= last)
+        start = (first // length + number - self.whole) * length
+        stop = start + length
+        own = self.whole * self.steps - first
+        return (
+            jnp.where(is_whole, number * self.steps, jnp.maximum(start, first) + own),
+            jnp.where(is_whole, (number + 1) * self.steps, jnp.minimum(stop, end) + own),
+            is_whole | ((before == 0) & (start >= first)),
+            is_whole | ((before + length == self.steps) & (stop <= end)),
+        )
 
-    def last_sharing(self, block: Any) -> Any:
-        """The last block that has steps of the tile of which `block` has the first one, and not the last."""
-        stop = ((self.first(block + 1) - 1) // self.steps + 1) * self.steps
-        return (stop * self.sharers - 1) // self.shared
+    def handed_over(self, block: Any, number: Any) -> Any:
+        """The place of the sum of a block's piece of this number among those that are handed over."""
+        first, _, length, _ = self._line(block)
+        return first // length + number - self.whole + block - self.heads
+
+    def awaited(self, block: Any) -> tuple:
+        """The places of the other sums of the tile of which `block` has the first steps and not the last: the
+        first one, and the one after the last."""
+        _, end, length, _ = self._line(block)
+        tile = (end - 1) // length
+        tail = self.steps - self.head
+        helper = block - self.heads
+        following = jnp.where(helper < 0, self._helper(tile * tail), helper + 1)
+        return tile + following, tile + self._helper((tile + 1) * tail - 1) + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +227,7 @@ class Shares:
         sums: in global memory, one row a share; None if no tile is shared.
         ready: semaphores that count to one when a share is there.
         first: number of the first share's semaphore.
-        place: of a block, the number of this warpgroup's share.
+        place: of a sum's place among all that are handed over, the number of this warpgroup's share.
     """
 
     sums: Any
@@ -149,19 +235,19 @@ class Shares:
     first: int
     place: Callable[[Any], Any]
 
-    def hand_over(self, block: Any, result: jax.Array) -> None:
+    def hand_over(self, number: Any, result: jax.Array) -> None:
         """Store this warpgroup's sums and say so."""
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
         def store(_, ref: Any, result: fragments.FragmentedArray) -> None:
             store_sums(simt, simt.Pointer(ref, simt.GLOBAL), pairs_of(result))
 
-        store(self.sums.at[self.place(block)], result)
-        plgpu.semaphore_signal(self.ready.at[self.first + self.place(block)], memory_scope="gpu")
+        store(self.sums.at[self.place(number)], result)
+        plgpu.semaphore_signal(self.ready.at[self.first + self.place(number)], memory_scope="gpu")
 
-    def add(self, block: Any, result: jax.Array) -> jax.Array:
+    def add(self, number: Any, result: jax.Array) -> jax.Array:
         """`result` and another block's sums, when they are there."""
-        plgpu.semaphore_wait(self.ready.at[self.first + self.place(block)], memory_scope="gpu")
+        plgpu.semaphore_wait(self.ready.at[self.first + self.place(number)], memory_scope="gpu")
 
         @plgpu.inline_mgpu(
             arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA),
@@ -170,7 +256,7 @@ class Shares:
         def add(_, ref: Any, result: fragments.FragmentedArray) -> fragments.FragmentedArray:
             return in_wgmma_layout(add_sums(simt, simt.Pointer(ref, simt.GLOBAL), pairs_of(result)))
 
-        return add(self.sums.at[self.place(block)], result)
+        return add(self.sums.at[self.place(number)], result)
 
 
 def compute_pieces(
@@ -196,17 +282,17 @@ def compute_pieces(
         start, end, starts, ends = schedule.piece(block, number)
         there = place(start)
         result = product(start, end)
-        if not schedule.sharers:
+        if not schedule.helpers:
             return write(there, result)
 
         @pl.when(jnp.logical_not(starts))
         def part() -> None:
-            shares.hand_over(block, result)
+            shares.hand_over(schedule.handed_over(block, number), result)
 
         @pl.when(starts)
         def whole() -> None:
-            last = jnp.where(ends, block, schedule.last_sharing(block))
-            write(there, lax.fori_loop(block + 1, last + 1, shares.add, result))
+            first, last = schedule.awaited(block)
+            write(there, lax.fori_loop(first, jnp.where(ends, first, last), shares.add, result))
 
     lax.fori_loop(0, schedule.pieces(block), one, None)
 

@@ -10,9 +10,9 @@ float32, multiplied by the scale in float32 and rounded once, so W is what `dequ
 Which row of W stands in which row of the operand does not matter as long as the result is written where it
 belongs: a thread takes neighbours, so that it writes pairs.
 
-Every block of threads gets as many steps along the summed axis as any other (`Schedule`), so a tile may be
-shared: the block that has its first step waits for the sums of the others and adds them, always in the same
-order (https://arxiv.org/abs/2301.03598).
+Blocks of threads get about as many steps along the summed axis each (`Schedule`), so a tile may be shared:
+the block that has its first step waits for the sums of the others and adds them, always in the same order
+(https://arxiv.org/abs/2301.03598).
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ class Tuning:
         tokens: of a block of threads; a multiple of 64, at most 256.
         stages: steps whose tiles are in shared memory or on their way.
         cluster: blocks of threads with the same tokens that load them together: 1 or 2.
-        split: share the last tiles evenly among all blocks.
+        split: let blocks share the last tiles.
     """
 
     tokens: int = 256
@@ -87,16 +87,15 @@ def matmul(
     token_tiles = pl.cdiv(tokens, tuning.tokens)
     row_tiles = pl.cdiv(kept, ROWS * tuning.cluster)
     stages, width, cluster = tuning.stages, tuning.tokens, tuning.cluster
-    schedule = Schedule.balanced(
-        row_tiles * token_tiles, pl.cdiv(summed, BLOCK), MULTIPROCESSORS // cluster, tuning.split
-    )
+    plan = Schedule.fastest if tuning.split else Schedule.unshared
+    schedule = plan(row_tiles * token_tiles, pl.cdiv(summed, BLOCK), MULTIPROCESSORS // cluster)
     ring = Ring(stages, cluster)
     decode = decode_columns if transposed else decode_rows
     code_transforms = (plgpu.SwizzleTransform(64),) if transposed else ()
     collective = {"collective_axes": "pair"} if cluster > 1 else {}
 
     def body(x, codes, scales, out, *rest) -> None:
-        sums, rest = (rest[0], rest[1:]) if schedule.sharers else (None, rest)
+        sums, rest = (rest[0], rest[1:]) if schedule.helpers else (None, rest)
         x_views, code_tiles, scale_tiles, table, pieces, full, free = rest
         x_tiles, x_operands = x_views
         group = lax.axis_index("warpgroup")
@@ -105,8 +104,8 @@ def matmul(
         block = schedule.blocks - 1 - lax.axis_index("block")
         count = schedule.count(block)
         ready = None
-        if schedule.sharers:
-            ready = pl.get_global(plgpu.SemaphoreType.REGULAR((schedule.blocks * cluster * 2,)))
+        if schedule.helpers:
+            ready = pl.get_global(plgpu.SemaphoreType.REGULAR((schedule.shares * cluster * 2,)))
 
         def place(number: Any) -> tuple:
             """First row and first token of the tile of a block's step, and the step of the tile."""
@@ -202,16 +201,16 @@ def matmul(
                         ],
                     )
 
-            shares = Shares(sums, ready, 0, lambda block: (block * cluster + rank) * 2 + group)
+            shares = Shares(sums, ready, 0, lambda number: (number * cluster + rank) * 2 + group)
             compute_pieces(schedule, block, shares, place, product, write_tile)
             plgpu.wait_smem_to_gmem(0)
 
     code_tile = (BLOCK, ROWS // 2) if transposed else (ROWS, BLOCK // 2)
     scale_tile = (ROWS // BLOCK, BLOCK) if transposed else (1, ROWS)
     out_type = [jax.ShapeDtypeStruct((tokens, kept), jnp.bfloat16)]
-    if schedule.sharers:
+    if schedule.helpers:
         out_type.append(
-            jax.ShapeDtypeStruct((schedule.blocks * cluster * 2, _GROUP_ROWS * width), jnp.float32)
+            jax.ShapeDtypeStruct((schedule.shares * cluster * 2, _GROUP_ROWS * width), jnp.float32)
         )
     run = plgpu.kernel(
         body,
