@@ -40,6 +40,7 @@ from vlmlora_kernels import CODE_BOOKS, DYNAMIC_CODE, NestedAbsmax, dequantize_4
 from vlmlora_kernels.dispatch import explain
 from vlmlora_kernels.hopper import matvec, tuning
 from vlmlora_kernels.hopper.launch import Kernel
+from vlmlora_kernels.hopper.schedule import SCHEDULES
 from vlmlora_kernels.lowering import many_tokens, many_tokens_overlapped
 
 LANGUAGE = {
@@ -546,8 +547,8 @@ def many_candidates(tokens: int) -> list[tuning.ManyTokens]:
     tried = [row(width=256, stages=4, paired=paired) for paired in (None, 0)] if tokens <= 1024 else []
     if tokens <= 512:
         tried += [row(width=128, stages=6)]
-    if tokens == 512:
-        tried += [row(width=256, stages=4, split=False)]
+    if tokens in (512, 1024):
+        tried += [row(width=256, stages=4, schedule=name) for name in SCHEDULES if name != "fastest"]
     now = [
         dataclasses.replace(each, elements=0, paired=None)
         for each in tuning.MANY_TOKENS

@@ -6,6 +6,7 @@ sums of the others and adds them, always in the same order.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -217,6 +218,17 @@ class Schedule:
         helper = block - self.heads
         following = jnp.where(helper < 0, self._helper(tile * tail), helper + 1)
         return tile + following, tile + self._helper((tile + 1) * tail - 1) + 1
+
+
+SCHEDULES: dict[str, Callable[[int, int, int], Schedule]] = {
+    "fastest": Schedule.fastest,
+    "unshared": Schedule.unshared,
+    "even": Schedule.even,
+    "headed": Schedule.headed,
+    "in_step": functools.partial(Schedule.in_step, lead=_LEAD),
+}
+"""Ways to share tiles out, by name; each takes how many there are, their steps, and how many blocks run at a
+time."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -114,20 +114,20 @@ class ManyTokens:
         width: tokens of a block of threads.
         stages: steps in shared memory.
         paired: how long the summed axis is at least where two blocks load the tokens together; None: never.
-        split: share the last tiles.
+        schedule: how blocks share the tiles; one of `hopper.schedule.SCHEDULES`.
     """
 
     tokens: int
     width: int
     stages: int
     paired: int | None = None
-    split: bool = True
+    schedule: str = "fastest"
     elements: int = 0
 
     def tuning(self, summed: int) -> wgmma.Tuning:
         """How the kernel takes it, with so many elements along the summed axis."""
         is_paired = self.paired is not None and summed >= self.paired
-        return wgmma.Tuning(self.width, self.stages, 2 if is_paired else 1, self.split)
+        return wgmma.Tuning(self.width, self.stages, 2 if is_paired else 1, self.schedule)
 
 
 MANY_TOKENS = (

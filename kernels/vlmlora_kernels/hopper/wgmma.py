@@ -32,7 +32,7 @@ from jaxtyping import Array, BFloat16, Float, UInt8
 from vlmlora_kernels.hopper import simt
 from vlmlora_kernels.hopper.launch import MULTIPROCESSORS, varying_like
 from vlmlora_kernels.hopper.ring import Ring
-from vlmlora_kernels.hopper.schedule import Schedule, Shares, compute_pieces, in_wgmma_layout, pairs_of
+from vlmlora_kernels.hopper.schedule import SCHEDULES, Shares, compute_pieces, in_wgmma_layout, pairs_of
 
 BLOCK = 64  # elements that share a scale, and the step along the summed axis
 ROWS = 128  # rows of the transposed result that a block of threads owns
@@ -52,13 +52,13 @@ class Tuning:
         tokens: of a block of threads; a multiple of 64, at most 256.
         stages: steps whose tiles are in shared memory or on their way.
         cluster: blocks of threads with the same tokens that load them together: 1 or 2.
-        split: let blocks share the last tiles.
+        schedule: how blocks share the tiles; one of `schedule.SCHEDULES`.
     """
 
     tokens: int = 256
     stages: int = 4
     cluster: int = 1
-    split: bool = True
+    schedule: str = "fastest"
 
 
 def matmul(
@@ -87,8 +87,9 @@ def matmul(
     token_tiles = pl.cdiv(tokens, tuning.tokens)
     row_tiles = pl.cdiv(kept, ROWS * tuning.cluster)
     stages, width, cluster = tuning.stages, tuning.tokens, tuning.cluster
-    plan = Schedule.fastest if tuning.split else Schedule.unshared
-    schedule = plan(row_tiles * token_tiles, pl.cdiv(summed, BLOCK), MULTIPROCESSORS // cluster)
+    schedule = SCHEDULES[tuning.schedule](
+        row_tiles * token_tiles, pl.cdiv(summed, BLOCK), MULTIPROCESSORS // cluster
+    )
     ring = Ring(stages, cluster)
     decode = decode_columns if transposed else decode_rows
     code_transforms = (plgpu.SwizzleTransform(64),) if transposed else ()
