@@ -340,10 +340,10 @@ def count_up(pointers):
 
 
 def fill(target, source, count, thread_, threads):
-    for first in range(0, count, threads):
+    for first in range(0, count // 4, threads):
         index = thread_ + first
-        with when(index < count):
-            store_float(target, index << 2, load_float(source, index << 2))
+        with when(index < count // 4):
+            store_words(target, index << 4, load_words(source, index << 4, 4))
 
 
 def run(kernel, *inputs):

@@ -185,12 +185,13 @@ def dequantize(
         safe = indices if whole else [index.min(words - 1) for index in indices]
         loaded = [t.load_words(codes, index << 2, 1, once=True)[0] for index in safe]
         raw_scales = [load_scale(t, scales, index >> 3) for index in safe]
+        offset = load_offset(t, scales)
         if nested:
             t.fill(scale_table, scales[2], NESTED_CODES, thread, threads)
         fill_table(t, table, book, thread, tuning.warps)
         t.barrier()
         for index, word, raw in zip(indices, loaded, raw_scales, strict=True):
-            scale = decode_scale(t, scales, scale_table, raw)
+            scale = decode_scale(t, offset, scale_table, raw)
             values = _decode_word(t, table, word, scale)
             if whole:
                 _write(t, out, index, values, is_wide, frame)
@@ -216,12 +217,17 @@ def load_scale(t: ModuleType, scales: list, number: Any) -> tuple:
     return t.load_byte(scales[0], number), t.load_float(scales[1], (number >> 8) << 2)
 
 
-def decode_scale(t: ModuleType, scales: list, scale_table: Any, raw: tuple) -> Any:
+def load_offset(t: ModuleType, scales: list) -> Any:
+    """Start loading what is added to every nested scale; None if the scales are not nested."""
+    return t.load_float(scales[3], 0) if len(scales) > 1 else None
+
+
+def decode_scale(t: ModuleType, offset: Any, scale_table: Any, raw: tuple) -> Any:
     """The scale whose loading was started: for a nested one a product, then a sum, each rounded."""
     if len(raw) == 1:
         return raw[0]
     code = t.load_shared_float(scale_table, raw[0] << 2)
-    return t.add(t.multiply(code, raw[1]), t.load_float(scales[3], 0))
+    return t.add(t.multiply(code, raw[1]), offset)
 
 
 def fill_table(t: ModuleType, table: Any, book: np.ndarray, thread: Any, warps: int) -> None:

@@ -34,6 +34,7 @@ from vlmlora_kernels.hopper.dequantize import (
     LANES,
     NESTED_CODES,
     decode_scale,
+    load_offset,
     load_scale,
     pack,
 )
@@ -399,7 +400,8 @@ def decode_parts(
         own = [t.select(is_second, words[i + 1], words[i]) for i in (0, 2)]
         # The first lane's own are words 0 and 2, and those it wants 4 and 6; the second's own are 5 and 7.
         words = [t.select(is_second, *two) for two in zip(wanted + own, own + wanted, strict=True)]
-        return decode_words(t, book, words, decode_scale(t, scales, scale_table, raw_scale))
+        scale = decode_scale(t, load_offset(t, scales), scale_table, raw_scale)
+        return decode_words(t, book, words, scale)
 
     def say(band: Any, chunk: Any) -> None:
         """That a part of a chunk has been written; no band: there was none."""

@@ -427,18 +427,12 @@ def mma(a: Sequence[Word], b: Sequence[Word], accumulator: Sequence[ir.Value]) -
 
 
 def fill(target: Pointer, source: Pointer, count: int, thread: Word, threads: int) -> None:
-    """Copy `count` words from global to shared memory with all threads; a barrier must follow."""
-    for first in range(0, count, threads):
+    """Copy `count` words, a multiple of 4, from global to shared memory with all threads; a barrier must
+    follow."""
+    for first in range(0, count // 4, threads):
         index = thread + first
-
-        def copy(index=index):
-            store_float(target, index << 2, load_float(source, index << 2))
-
-        if first + threads <= count:
-            copy()
-        else:
-            with when(index < count):
-                copy()
+        with when(index < count // 4):
+            store_words(target, index << 4, load_words(source, index << 4, 4))
 
 
 def barrier_among(number: Word, threads: int) -> None:
