@@ -547,6 +547,7 @@ def many_candidates(tokens: int) -> list[tuning.ManyTokens]:
     tried = [row(width=256, stages=4, paired=paired) for paired in (None, 0)] if tokens <= 1024 else []
     if tokens <= 512:
         tried += [row(width=128, stages=6)]
+        tried += [row(width=256, stages=4, halved=True), row(width=128, stages=6, halved=True)]
     if tokens in (512, 1024):
         tried += [row(width=256, stages=4, schedule=name) for name in SCHEDULES if name != "fastest"]
     now = [
@@ -566,6 +567,9 @@ def sweep_many(shapes: list[Shape], counts: list[int], options: dict) -> tuple[l
     def dense(w: jax.Array, transposed: bool) -> jax.Array:
         return w if transposed else w.T
 
+    def tried(shape: Shape, count: int, transposed: bool) -> list[tuning.ManyTokens]:
+        return [row for row in many_candidates(count) if row.takes(count, shape, transposed)]
+
     def job(shape: Shape, count: int, transposed: bool) -> Callable:
         def decoded(x: jax.Array, codes: jax.Array, scales: NestedAbsmax, w: jax.Array) -> jax.Array:
             w = dequantize_4bit(codes, scales, shape=shape, dtype=jnp.bfloat16, implementation="decode")
@@ -578,7 +582,7 @@ def sweep_many(shapes: list[Shape], counts: list[int], options: dict) -> tuple[l
         functions = [lambda x, codes, scales, w: x @ dense(w, transposed), decoded]
         meanwhile = many_tokens_overlapped(book, shape, transposed=transposed)
         functions += [lambda x, codes, scales, w: meanwhile(x, codes, *scales)]
-        functions += [fused(row) for row in many_candidates(count)]
+        functions += [fused(row) for row in tried(shape, count, transposed)]
         return lambda: compile_in_turn(functions, operands(shape, count, transposed), options)
 
     def operands(shape: Shape, count: int, transposed: bool) -> list:
@@ -599,12 +603,12 @@ def sweep_many(shapes: list[Shape], counts: list[int], options: dict) -> tuple[l
             continue
         arrays = jax.tree.map(jnp.asarray, operands(shape, count, transposed))
         results = [result.astype(jnp.float32) for _, result in program(buffer, arrays)]
-        tried = many_candidates(count)
         cublas, decode, *others = times_us(program, buffer, arrays, len(results), 3)
         rows.append(name | {"who": "bf16", "us": round(cublas, 2)})
         rows.append(name | {"who": "decode", "us": round(decode, 2)})
         print(*name.values(), f"bf16 {cublas:.1f}, decode {decode:.1f} ({cublas / decode:.3f})", flush=True)
-        for row, us, result in zip((None, *tried), others, results[2:], strict=True):
+        known = (None, *tried(shape, count, transposed))
+        for row, us, result in zip(known, others, results[2:], strict=True):
             error = float(jnp.max(jnp.abs(result - results[1])) / jnp.max(jnp.abs(results[1])))
             is_right = error < 2**-6
             which = (
@@ -617,6 +621,7 @@ def sweep_many(shapes: list[Shape], counts: list[int], options: dict) -> tuple[l
                 times = found[count].setdefault(row, {})
                 times[shape, transposed] = us, min(decode, others[0])
     lines = ["MANY_TOKENS = ("]
+    lines += [f"    {_as_code(row)}," for times in found.values() for row in _halved_where_faster(times)]
     for times in found.values():
         limited = [pair for row in times if (pair := _where_faster(row, times, shapes))]
         if not limited:
@@ -644,6 +649,20 @@ def _where_faster(
         return None
     elements = _power_below(sizes[len(faster) - 1])
     return sum(faster) + len(means) - len(faster), dataclasses.replace(row, elements=elements)
+
+
+def _halved_where_faster(times: ManyTimes) -> list[tuning.ManyTokens]:
+    """The rows whose tiles two blocks share, if such a one is faster than all else on average."""
+    faster = []
+    for row in (row for row in times if row.halved):
+        parts = [
+            us / min(other, *(found[key][0] for each, found in times.items() if each != row and key in found))
+            for key, (us, other) in times[row].items()
+        ]
+        if statistics.mean(parts) < 1:
+            elements = _power_below(min(math.prod(shape) for shape, _ in times[row]))
+            faster.append(dataclasses.replace(row, elements=elements))
+    return faster
 
 
 def _with_pairs(row: tuning.ManyTokens, times: ManyTimes) -> tuning.ManyTokens:

@@ -10,7 +10,6 @@ import numpy as np
 from jaxtyping import PyTree
 
 from vlmlora_kernels.hopper import matvec, overlapped, wgmma
-from vlmlora_kernels.hopper.scales import scales_by_column
 from vlmlora_kernels.hopper.tuning import FUSED_TOKENS, ManyTokens, many_tokens_row, matvec_tuning
 
 
@@ -55,16 +54,22 @@ def many_tokens(
         book: the 16 values.
         shape: (out, in).
         transposed: multiply by W, for a gradient, and not by its transpose.
-        row: of the table of tiles; None for the one that the number of tokens gets.
+        row: of the table of tiles; None for the one that this weight and the number of tokens get.
     """
 
     @jax.custom_batching.custom_vmap
     def product(x: jax.Array, codes: jax.Array, *scales: jax.Array) -> jax.Array:
         flat = x.reshape(-1, x.shape[-1])
-        tuning = (row or many_tokens_row(len(flat))).tuning(flat.shape[1])
-        kernel = wgmma.matmul(book, tokens=len(flat), shape=shape, transposed=transposed, tuning=tuning)
-        by_column = scales_by_column(shape, nested=len(scales) > 1)
-        y = kernel(flat, codes, by_column(*scales))
+        tuning = (row or many_tokens_row(len(flat), shape, transposed)).tuning(flat.shape[1])
+        kernel = wgmma.matmul(
+            book,
+            tokens=len(flat),
+            shape=shape,
+            transposed=transposed,
+            nested=len(scales) > 1,
+            tuning=tuning,
+        )
+        y = kernel(flat, codes, *scales)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     return _joining_batch(product, None)

@@ -274,6 +274,10 @@ def load_peer_float(pointer, offset, rank):
     return load_float(Pointer(pointer.memory, pointer.start, rank), offset)
 
 
+def load_peer_words(pointer, offset, rank):
+    return load_words(Pointer(pointer.memory, pointer.start, rank.value), offset, 4)
+
+
 def copy_async(target, at, source, offset):
     data = source.memory[source.indices(offset, 16)]
     _state["copies"][-1].append((target.memory, target.indices(at, 16), data))

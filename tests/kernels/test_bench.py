@@ -126,8 +126,9 @@ def test_the_sweep_prints_the_table_of_the_fastest(monkeypatch):
 
 def test_the_sweep_of_many_tokens_stops_where_decoding_is_faster_and_sees_wrong_results(monkeypatch, capsys):
     counts = [128, 256, 512]
-    fastest = {count: bench.many_candidates(count)[1] for count in counts}
-    wrong = {count: bench.many_candidates(count)[2] for count in counts}
+    tried = {count: [row for row in bench.many_candidates(count) if not row.halved] for count in counts}
+    fastest = {count: tried[count][1] for count in counts}
+    wrong = {count: tried[count][2] for count in counts}
 
     def programs(jobs):
         def program(count):
@@ -135,7 +136,7 @@ def test_the_sweep_of_many_tokens_stops_where_decoding_is_faster_and_sees_wrong_
                 1.0,
                 1.0,
                 1.0,
-                *(2.0 if row == wrong[count] else 1.0 for row in bench.many_candidates(count)),
+                *(2.0 if row == wrong[count] else 1.0 for row in tried[count]),
             ]
             return lambda *_: [(None, jnp.full((2, 2), value)) for value in values]
 
@@ -147,7 +148,7 @@ def test_the_sweep_of_many_tokens_stops_where_decoding_is_faster_and_sees_wrong_
         count = counts_of[id(program)]
         speed = {fastest[count]: 4.0, wrong[count]: 1.0}
         slow = 3.0 if count == 512 else 1.0
-        return [5.0, 60.0, 6.0, *(slow * speed.get(row, 5.0) for row in bench.many_candidates(count))]
+        return [5.0, 60.0, 6.0, *(slow * speed.get(row, 5.0) for row in tried[count])]
 
     counts_of: dict = {}
     monkeypatch.setattr(bench, "compile_all", programs)
@@ -161,6 +162,31 @@ def test_the_sweep_of_many_tokens_stops_where_decoding_is_faster_and_sees_wrong_
     printed = [line for line in capsys.readouterr().out.splitlines() if "WRONG" in line]
     assert len(printed) == 6
     assert {row["who"] for row in rows} == {"bf16", "decode", "overlapped", "fused"}
+
+
+def test_the_sweep_of_many_tokens_has_blocks_share_tiles_where_that_is_faster(monkeypatch):
+    shapes = [(4096, 4096), (8192, 4096)]
+
+    def programs(jobs):
+        def program(shape, count, transposed):
+            rows = [row for row in bench.many_candidates(count) if row.takes(count, shape, transposed)]
+            us = [5.0, 6.0, 6.0, *(3.0 if row.halved and row.width == 128 else 4.0 for row in rows)]
+            return lambda *_: us if _ == () else [(None, jnp.ones((2, 2)))] * len(us)
+
+        return {key: program(*key) for key, _ in jobs}
+
+    monkeypatch.setattr(bench, "compile_all", programs)
+    monkeypatch.setattr(bench, "times_us", lambda program, *_: program())
+    monkeypatch.setattr(
+        bench, "random_operands", lambda *_: dict.fromkeys(("x", "dy", "codes", "scales", "dense"), 0)
+    )
+    _, text = bench.sweep_many(shapes, [256, 512], {})
+    scope: dict = {}
+    exec(text, {"ManyTokens": tuning.ManyTokens}, scope)
+    first, *others = scope["MANY_TOKENS"]
+    # With 512 tokens, of 256 a tile, such rows are as fast as others.
+    assert first == tuning.ManyTokens(256, width=128, stages=6, halved=True, elements=2**24)
+    assert not any(row.halved for row in others)
 
 
 # Without the one whose blocks straddle rows, which is decoded instead.

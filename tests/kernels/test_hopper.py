@@ -266,10 +266,30 @@ def test_what_differs_among_devices_is_decoded_first(how):
 
 
 def test_pairs_of_blocks_are_for_long_sums():
-    row = many_tokens_row(512)
+    row = many_tokens_row(512, (8192, 8192), False)
     clusters = [row.tuning(summed).cluster for summed in (row.paired - 1, row.paired)]
     assert clusters == [1, 2]
-    assert many_tokens_row(1024).tuning(2**20).cluster == 1
+    assert many_tokens_row(1024, (8192, 8192), False).tuning(2**20).cluster == 1
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shape", "transposed", "width"),
+    [
+        (512, (4096, 4096), False, 256),
+        (512, (4096, 4096), True, 256),
+        (200, (4096, 4096), True, 128),
+        (512, (3584, 5120), False, 256),
+        (512, (3584, 5120), True, None),  # 80 tiles
+        (512, (4096, 14336), False, None),  # long
+        (512, (64, 4096), True, None),  # one step
+        (1024, (2048, 8192), False, None),
+        (128, (4096, 4096), False, None),  # 32 tiles
+    ],
+)
+def test_two_blocks_share_a_tile_where_all_together_fill_the_card(tokens, shape, transposed, width):
+    tuning = many_tokens_row(tokens, shape, transposed).tuning(shape[0 if transposed else 1])
+    assert tuning.halved == (width is not None)
+    assert width in (None, tuning.tokens)
 
 
 CASES = [

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from tests.kernels import emulator
 from vlmlora_kernels import CODE_BOOKS, DYNAMIC_CODE, NestedAbsmax, double_dequantize
-from vlmlora_kernels.hopper import schedule, wgmma
-from vlmlora_kernels.hopper.scales import scales_by_column
+from vlmlora_kernels.hopper import scales, schedule, wgmma
 
 THREADS = 256
 
@@ -179,19 +178,61 @@ def test_blocks_are_at_the_same_steps_where_that_is_faster(tiles, steps, expecte
 
 
 @pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("shape", [(200, 64 * 12), (77, 64 * 17), (16, 64)])
-def test_scales_are_decoded_and_transposed(shape, nested):
+def test_threads_decode_the_scales_of_each_tile(threads, shape, transposed, nested):
     rng = np.random.default_rng(3)
-    blocks = shape[0] * shape[1] // 64
-    absmax = rng.uniform(0.01, 1, blocks).astype(np.float32)
+    rows, columns = shape[0], shape[1] // 64
+    absmax = rng.uniform(0.01, 1, rows * columns).astype(np.float32)
+    arrays, expected = (absmax,), absmax
     if nested:
-        absmax = NestedAbsmax(
-            rng.integers(0, 256, blocks, np.uint8),
-            rng.uniform(0.001, 0.01, -(-blocks // 256)).astype(np.float32),
+        arrays = NestedAbsmax(
+            rng.integers(0, 256, rows * columns, np.uint8),
+            rng.uniform(0.001, 0.01, -(-rows * columns // 256)).astype(np.float32),
             DYNAMIC_CODE,
             np.full((), 0.03, np.float32),
         )
-    arrays = absmax if nested else (absmax,)
-    scales = emulator.run(scales_by_column(shape, nested=nested), *arrays)
-    expected = np.asarray(double_dequantize(jax.tree.map(jnp.asarray, absmax))) if nested else absmax
-    np.testing.assert_array_equal(scales, expected.reshape(shape[0], -1).T)
+        expected = np.asarray(double_dequantize(jax.tree.map(jnp.asarray, arrays)))
+    expected = expected.reshape(rows, columns)
+    pointers = [shared(np.atleast_1d(np.asarray(array))) for array in arrays]
+    table = shared(np.full(256, np.nan, np.float32))
+    emulator._state.update(threads=128, block_threads=128, masks=[np.ones(128, bool)])
+    if nested:
+        emulator.fill(table, pointers[2], 256, emulator.thread(), 128)
+    for row in range(0, rows, 64 if transposed else 128):
+        for block in range(0, columns, 2 if transposed else 1):
+            memory = shared(np.full((2, 64) if transposed else (1, 128), np.nan, np.float32))
+            first = emulator.Word(row), emulator.Word(block)
+            raw = scales.load_tile_scale(emulator, pointers, first, shape, transposed)
+            offset = [emulator.as_word(emulator.load_float(pointers[3], 0))] if nested else []
+            scales.write_tile_scale(emulator, table, memory, [*raw, *offset])
+            found = memory.memory.view(np.float32).reshape((2, 64) if transposed else (1, 128))
+            wanted = expected[row:, block:][:64, :2].T if transposed else expected[row:, block][None, :128]
+            np.testing.assert_array_equal(found[: wanted.shape[0], : wanted.shape[1]], wanted)
+            assert np.isfinite(found).all(), "what is beyond W is multiplied by zeros"
+
+
+def test_two_blocks_add_each_half_of_their_sums():
+    rng = np.random.default_rng(4)
+    pairs = 8
+    values = rng.standard_normal((pairs, 2, 2, THREADS)).astype(np.float32)  # pair, of it, block, thread
+    memory = emulator.Pointer(np.full((2, 2 * 1024 * pairs // 2), 0xFF, np.uint8))
+    emulator._state.update(threads=2 * THREADS, block_threads=THREADS, masks=[np.ones(2 * THREADS, bool)])
+    memory.row = emulator.cluster_rank().value
+    total = schedule.add_halves(emulator, memory, [list(pair) for pair in values.reshape(pairs, 2, -1)])
+    total = np.array(total).reshape(pairs // 2, 2, 2, THREADS)
+    expected = values.sum(axis=2)
+    np.testing.assert_array_equal(total[:, :, 0], expected[: pairs // 2])
+    np.testing.assert_array_equal(total[:, :, 1], expected[pairs // 2 :])
+
+
+@given(tiles=st.integers(1, 66), steps=st.integers(2, 300))
+@settings(deadline=None)
+def test_two_blocks_take_half_of_the_steps_of_a_tile_each(tiles, steps):
+    plan = schedule.Schedule.halved(tiles, steps)
+    with mock.patch.object(schedule, "jnp", np):
+        for block in range(2 * tiles):
+            tile, step = plan.position(block, np.arange(plan.count(block)))
+            np.testing.assert_array_equal(tile, block // 2)
+            half = steps // 2
+            np.testing.assert_array_equal(step, np.arange(half, steps) if block % 2 else np.arange(half))

@@ -122,6 +122,11 @@ class Schedule:
         headed = Schedule.headed(tiles, steps, most_blocks)
         return in_step if in_step.longest <= 1.02 * headed.longest else headed
 
+    @staticmethod
+    def halved(tiles: int, steps: int) -> "Schedule":
+        """A schedule in which two blocks share each tile, one half after the other, and take no other."""
+        return Schedule(tiles, steps, 2 * tiles, 0, 0, 2 * tiles)
+
     @property
     def rest(self) -> int:
         """Tiles that are not taken whole in turn."""
@@ -326,6 +331,33 @@ def add_sums(t: ModuleType, sums: Any, values: list[list]) -> list[list]:
         for pair, others in zip(values[i : i + 2], (words[:2], words[2:]), strict=True):
             result.append([t.add(value, other) for value, other in zip(pair, others, strict=True)])
     return result
+
+
+def add_halves(t: ModuleType, sums: Any, values: list[list]) -> list[list]:
+    """`values` and the other block's of a cluster of two, added: the first half of them, or in the second
+    block the other half.
+
+    Args:
+        t: `simt`.
+        sums: shared memory for half the values of two warpgroups, at the same place in both blocks.
+        values: pairs of float32.
+    """
+    half = len(values) // 2
+    rank = t.cluster_rank()
+    is_first = rank.equals(0)
+    own = sums.shifted((t.thread() >> 7) * (1024 * half))
+
+    def chosen(i: int, j: int) -> list:
+        return [t.select(is_first, a, b) for a, b in zip(values[i], values[j], strict=True)]
+
+    store_sums(t, own, [chosen(i + half, i) for i in range(half)])
+    t.cluster_barrier()
+    start = (t.thread() & 127) << 4
+    words = [t.load_peer_words(own, start + 1024 * i, (rank + 1) & 1) for i in range(0, half, 2)]
+    others = [t.as_float(word) for four in words for word in four]
+    kept = [value for i in range(half) for value in chosen(i, i + half)]
+    total = [t.add(*two) for two in zip(kept, others, strict=True)]
+    return [total[i : i + 2] for i in range(0, len(total), 2)]
 
 
 def in_wgmma_layout(pairs: list[list[ir.Value]]) -> fragments.FragmentedArray:

@@ -498,6 +498,19 @@ def load_peer_float(pointer: Pointer, offset: Word | int, rank: int) -> ir.Value
     )
 
 
+def load_peer_words(pointer: Pointer, offset: Word | int, rank: Word) -> list[Word]:
+    """Load four aligned words of the same shared array of another block of the cluster."""
+    result = mgpu_utils.inline_ptx(
+        "{ .reg .b32 at; mapa.shared::cluster.u32 at, $4, $5; "
+        "ld.shared::cluster.v4.b32 {$0, $1, $2, $3}, [at]; }",
+        pointer.at(offset),
+        rank.value,
+        result_types=[i32()] * 4,
+        has_side_effects=True,
+    )
+    return [Word(value) for value in result]
+
+
 def hidden(word: Word) -> Word:
     """The same word, of which the compiler knows nothing: it does not unroll a loop that often."""
     return Word(mgpu_utils.inline_ptx("mov.b32 $0, $1;", word.value, result_types=i32()))

@@ -115,6 +115,7 @@ class ManyTokens:
         stages: steps in shared memory.
         paired: how long the summed axis is at least where two blocks load the tokens together; None: never.
         schedule: how blocks share the tiles; one of `hopper.schedule.SCHEDULES`.
+        halved: two blocks share each tile; only where that makes about one block for each multiprocessor.
     """
 
     tokens: int
@@ -122,21 +123,35 @@ class ManyTokens:
     stages: int
     paired: int | None = None
     schedule: str = "fastest"
+    halved: bool = False
     elements: int = 0
+
+    def takes(self, tokens: int, shape: tuple[int, int], transposed: bool) -> bool:
+        """Whether this row is for a product of so many tokens and a weight of `shape` [out, in]."""
+        summed, kept = shape if transposed else shape[::-1]
+        tiles = -(-kept // wgmma.ROWS) * -(-tokens // self.width)
+        fits = 3 * tiles > MULTIPROCESSORS and 2 * tiles <= MULTIPROCESSORS
+        return tokens <= self.tokens and (not self.halved or (fits and summed in HALVED_SUMMED))
 
     def tuning(self, summed: int) -> wgmma.Tuning:
         """How the kernel takes it, with so many elements along the summed axis."""
         is_paired = self.paired is not None and summed >= self.paired
-        return wgmma.Tuning(self.width, self.stages, 2 if is_paired else 1, self.schedule)
+        return wgmma.Tuning(self.width, self.stages, 2 if is_paired else 1, self.schedule, self.halved)
 
+
+HALVED_SUMMED = range(2**10, 2**13 + 1)
+"""How long the summed axis is where two blocks share a tile; blocks that are at the same steps
+(`hopper.schedule.Schedule.in_step`) win more on a longer one."""
 
 MANY_TOKENS = (
+    ManyTokens(tokens=256, width=128, stages=6, halved=True, elements=2**24),
+    ManyTokens(tokens=512, width=256, stages=4, halved=True, elements=2**24),
     ManyTokens(tokens=128, width=128, stages=6, elements=2**24),
     ManyTokens(tokens=512, width=256, stages=4, paired=2**14, elements=2**24),
     ManyTokens(tokens=1024, width=256, stages=4, elements=2**25),
 )
 """For ascending numbers of tokens beyond `FUSED_TOKENS`, as far as the product is faster than decoding before
-it or meanwhile."""
+it or meanwhile; the first that takes a product is the one."""
 
 
 def most_fused_tokens(kind: str, shape: tuple[int, int]) -> int:
@@ -156,9 +171,15 @@ def is_overlapped_fastest(tokens: int, shape: tuple[int, int]) -> bool:
     return tokens > OVERLAPPED_TOKENS and math.prod(shape) > OVERLAPPED_ELEMENTS
 
 
-def many_tokens_row(tokens: int) -> ManyTokens:
-    """The row for as many tokens; the last one beyond the end of the table."""
-    return next((row for row in MANY_TOKENS if tokens <= row.tokens), MANY_TOKENS[-1])
+def many_tokens_row(tokens: int, shape: tuple[int, int], transposed: bool) -> ManyTokens:
+    """The row for as many tokens and a weight of `shape` [out, in]; the last one beyond the end of the table.
+
+    Args:
+        tokens: rows of `x`.
+        shape: (out, in).
+        transposed: of ``dy @ W``, and not of ``x @ W.T``.
+    """
+    return next((row for row in MANY_TOKENS if row.takes(tokens, shape, transposed)), MANY_TOKENS[-1])
 
 
 def few_tokens_row(tokens: int, rows: int | None, kind: str) -> FewTokens:

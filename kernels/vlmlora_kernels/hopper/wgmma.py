@@ -1,18 +1,20 @@
 """``x @ W.T`` and ``dy @ W`` for many tokens and a 4-bit W that is never written, on a Hopper GPU.
 
 A block of threads owns 128 rows of the transposed result (outputs of ``x @ W.T``, inputs of ``dy @ W``) and
-a tile of tokens. One warpgroup keeps the copies into shared memory going: tiles of the tokens, the codes
-and their scales, 64 of the summed axis at a time. Two others decode 64 rows each, straight into the
-registers from which ``wgmma`` takes its first operand, while their last product is still under way; the
-second operand is the tile of tokens in shared memory. A byte of codes is looked up in a table of pairs of
-float32, multiplied by the scale in float32 and rounded once, so W is what `dequantize` writes, bit for bit.
+a tile of tokens. One warpgroup keeps the copies into shared memory going, of tokens and of codes, 64 of the
+summed axis at a time, and puts the scales of these codes beside them, decoded. Two others decode 64 rows
+each, straight into the registers from which ``wgmma`` takes its first operand, while their last product is
+still under way; the second operand is the tile of tokens in shared memory. A byte of codes is looked up in a
+table of pairs of float32, multiplied by the scale in float32 and rounded once, so W is what `dequantize`
+writes, bit for bit.
 
 Which row of W stands in which row of the operand does not matter as long as the result is written where it
 belongs: a thread takes neighbours, so that it writes pairs.
 
 Blocks of threads get about as many steps along the summed axis each (`Schedule`), so a tile may be shared:
 the block that has its first step waits for the sums of the others and adds them, always in the same order
-(https://arxiv.org/abs/2301.03598).
+(https://arxiv.org/abs/2301.03598). Where there are about half as many tiles as multiprocessors, two blocks
+form a cluster and share each tile: they read half of each other's sums in shared memory.
 """
 
 import dataclasses
@@ -27,18 +29,28 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.mosaic.gpu import fragmented_array as fragments
-from jaxtyping import Array, BFloat16, Float, UInt8
+from jaxtyping import Array, BFloat16, UInt8
 
 from vlmlora_kernels.hopper import simt
 from vlmlora_kernels.hopper.launch import MULTIPROCESSORS, varying_like
 from vlmlora_kernels.hopper.ring import Ring
-from vlmlora_kernels.hopper.schedule import SCHEDULES, Shares, compute_pieces, in_wgmma_layout, pairs_of
+from vlmlora_kernels.hopper.scales import TileScales
+from vlmlora_kernels.hopper.schedule import (
+    SCHEDULES,
+    Schedule,
+    Shares,
+    add_halves,
+    compute_pieces,
+    in_wgmma_layout,
+    pairs_of,
+)
 
 BLOCK = 64  # elements that share a scale, and the step along the summed axis
 ROWS = 128  # rows of the transposed result that a block of threads owns
 _GROUP_ROWS = 64  # of which a warpgroup multiplies
 _TABLE_WORDS = 256 * 32  # 128 bytes for each byte of codes
 _PIECE = 64  # tokens that are written at a time
+_AHEAD = 3  # steps whose scales are on their way
 _SWIZZLE = (plgpu.SwizzleTransform(128),)
 # The same bytes in the words of ``wgmma``. A copy in these words would have to end at a multiple of 8 tokens.
 _TILED_SWIZZLE = (plgpu.TilingTransform((8, 64)), *_SWIZZLE)
@@ -53,12 +65,15 @@ class Tuning:
         stages: steps whose tiles are in shared memory or on their way.
         cluster: blocks of threads with the same tokens that load them together: 1 or 2.
         schedule: how blocks share the tiles; one of `schedule.SCHEDULES`.
+        halved: two blocks of threads form a cluster, compute the sums of half of the steps of one tile each
+            and add them, in place of `schedule`; with a `cluster` of 1, and two steps or more.
     """
 
     tokens: int = 256
     stages: int = 4
     cluster: int = 1
     schedule: str = "fastest"
+    halved: bool = False
 
 
 def matmul(
@@ -67,18 +82,20 @@ def matmul(
     tokens: int,
     shape: tuple[int, int],
     transposed: bool,
+    nested: bool,
     tuning: Tuning | None = None,
-) -> Callable[[BFloat16[Array, "tokens k"], UInt8[Array, " bytes"], Float[Array, "blocks out"]], jax.Array]:
+) -> Callable[..., BFloat16[Array, "tokens kept"]]:
     """The kernel of ``x @ W.T``, or of ``dy @ W`` if `transposed`, in bfloat16.
 
-    Called with `x` [tokens, in] or `dy` [tokens, out], the codes, uint8 [out * in / 2], and the float32
-    scales of `hopper.scales.scales_by_column`, [in / 64, out].
+    Called with `x` [tokens, in] or `dy` [tokens, out], the codes, uint8 [out * in / 2], and the scales:
+    float32 [out * in / 64], or the four arrays of doubly quantised ones.
 
     Args:
         book: the 16 values.
         tokens: rows of `x`.
         shape: (out, in) of W; `in` a multiple of 64, `out` of 8.
         transposed: multiply by W and not by its transpose.
+        nested: the scales are doubly quantised.
         tuning: how the work is cut.
     """
     tuning = tuning or Tuning()
@@ -87,26 +104,34 @@ def matmul(
     token_tiles = pl.cdiv(tokens, tuning.tokens)
     row_tiles = pl.cdiv(kept, ROWS * tuning.cluster)
     stages, width, cluster = tuning.stages, tuning.tokens, tuning.cluster
-    schedule = SCHEDULES[tuning.schedule](
-        row_tiles * token_tiles, pl.cdiv(summed, BLOCK), MULTIPROCESSORS // cluster
-    )
+    tiles, steps = row_tiles * token_tiles, pl.cdiv(summed, BLOCK)
+    if halved := tuning.halved:
+        schedule = Schedule.halved(tiles, steps)
+    else:
+        schedule = SCHEDULES[tuning.schedule](tiles, steps, MULTIPROCESSORS // cluster)
+    shares_in_memory = 0 if halved else schedule.shares * cluster * 2
+    blocks_of_cluster = 2 if halved else cluster
     ring = Ring(stages, cluster)
     decode = decode_columns if transposed else decode_rows
     code_transforms = (plgpu.SwizzleTransform(64),) if transposed else ()
     collective = {"collective_axes": "pair"} if cluster > 1 else {}
+    tile_scales = TileScales(shape, transposed, nested)
 
-    def body(x, codes, scales, out, *rest) -> None:
-        sums, rest = (rest[0], rest[1:]) if schedule.helpers else (None, rest)
-        x_views, code_tiles, scale_tiles, table, pieces, full, free = rest
+    def body(x, codes, *rest) -> None:
+        scales, (out, *rest) = rest[: tile_scales.count], rest[tile_scales.count :]
+        sums, rest = (rest[0], rest[1:]) if shares_in_memory else (None, rest)
+        x_views, code_tiles, scale_tiles, table, scale_table, pieces, full, free = rest
         x_tiles, x_operands = x_views
         group = lax.axis_index("warpgroup")
         rank = lax.axis_index("pair") if cluster > 1 else 0
         # Blocks start in the order of their numbers: none waits for one that starts later.
         block = schedule.blocks - 1 - lax.axis_index("block")
+        if halved:
+            block = 2 * lax.axis_index("block") + lax.axis_index("pair")
         count = schedule.count(block)
         ready = None
-        if schedule.helpers:
-            ready = pl.get_global(plgpu.SemaphoreType.REGULAR((schedule.shares * cluster * 2,)))
+        if shares_in_memory:
+            ready = pl.get_global(plgpu.SemaphoreType.REGULAR((shares_in_memory,)))
 
         def place(number: Any) -> tuple:
             """First row and first token of the tile of a block's step, and the step of the tile."""
@@ -114,31 +139,53 @@ def matmul(
             row_tile = tile // token_tiles * cluster + rank
             return row_tile * ROWS, tile % token_tiles * width, step
 
+        @plgpu.inline_mgpu()
+        def meet(_) -> None:
+            simt.cluster_barrier()
+
+        def copy(step: Any) -> None:
+            """Start a step's copies when its slot is free."""
+            row, token, at = place(step)
+            slot = ring.of(step)
+            ring.wait(free, step)
+            if transposed:
+                code_part = (pl.ds(at * BLOCK, BLOCK), pl.ds(row // 2, ROWS // 2))
+            else:
+                code_part = (pl.ds(row, ROWS), pl.ds(at * (BLOCK // 2), BLOCK // 2))
+            plgpu.copy_gmem_to_smem(codes.at[code_part], code_tiles.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(
+                x.at[pl.ds(token, width), pl.ds(at * BLOCK, BLOCK)],
+                x_tiles.at[slot],
+                full.at[slot],
+                **collective,
+            )
+
+        def load_scales(step: Any) -> jax.Array:
+            row, _, at = place(jnp.minimum(step, count - 1))
+            return tile_scales.load(scales, *((at * BLOCK, row // BLOCK) if transposed else (row, at)))
+
         @pl.when(group == 2)
         def load() -> None:
             plgpu.set_max_registers(40, action="decrease")
+            # What comes from memory at first is all on its way before any of it is waited for.
+            ahead = tuple(load_scales(step) for step in range(_AHEAD))
+            offset = tile_scales.load_offset(scales)
+            filled = jnp.minimum(count, stages)
+            lax.fori_loop(0, filled, lambda step, _: copy(step), None)
+            tile_scales.fill_table(scale_table, scales)
 
-            def one(step: Any, _: None) -> None:
-                row, token, at = place(step)
-                slot = ring.of(step)
-                ring.wait(free, step)
-                if transposed:
-                    code_part = (pl.ds(at * BLOCK, BLOCK), pl.ds(row // 2, ROWS // 2))
-                    scale_part = (pl.ds(row // BLOCK, ROWS // BLOCK), pl.ds(at * BLOCK, BLOCK))
-                else:
-                    code_part = (pl.ds(row, ROWS), pl.ds(at * (BLOCK // 2), BLOCK // 2))
-                    scale_part = (pl.ds(at, 1), pl.ds(row, ROWS))
-                plgpu.copy_gmem_to_smem(codes.at[code_part], code_tiles.at[slot], full.at[slot])
-                plgpu.copy_gmem_to_smem(scales.at[scale_part], scale_tiles.at[slot], full.at[slot])
-                plgpu.copy_gmem_to_smem(
-                    x.at[pl.ds(token, width), pl.ds(at * BLOCK, BLOCK)],
-                    x_tiles.at[slot],
-                    full.at[slot],
-                    **collective,
-                )
+            def one(step: Any, ahead: tuple) -> tuple:
+                following = load_scales(step + _AHEAD)
+                pl.when(step >= filled)(lambda: copy(step))
+                tile_scales.write(scale_table, scale_tiles.at[ring.of(step)], ahead[0], offset)
+                plgpu.barrier_arrive(full.at[ring.of(step)])
+                return (*ahead[1:], following)
 
-            lax.fori_loop(0, count, one, None)
+            lax.fori_loop(0, count, one, ahead)
             ring.leave(free, count)
+            if halved:
+                meet()  # as often as those who multiply
+                meet()
 
         @pl.when(group < 2)
         def multiply() -> None:
@@ -183,7 +230,7 @@ def matmul(
 
             def write_tile(there: tuple, result: jax.Array) -> None:
                 row, token, _ = there
-                for index in range(width // _PIECE):
+                for index in range(result.shape[1] // _PIECE):
                     piece = pieces.at[group, index % 2]
                     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                     part = result[:, index * _PIECE : (index + 1) * _PIECE]
@@ -202,21 +249,40 @@ def matmul(
                         ],
                     )
 
-            shares = Shares(sums, ready, 0, lambda number: (number * cluster + rank) * 2 + group)
-            compute_pieces(schedule, block, shares, place, product, write_tile)
+            def add(result: jax.Array) -> jax.Array:
+                """This block's half of the tile's tokens, for which both blocks have half of the sum."""
+
+                @plgpu.inline_mgpu(
+                    arg_types=(plgpu.RefType(_SWIZZLE), plgpu.Layout.WGMMA),
+                    return_type=plgpu.ShapeDtypeStruct(
+                        (_GROUP_ROWS, width // 2), jnp.float32, layout=plgpu.Layout.WGMMA
+                    ),
+                )
+                def run(_, ref: Any, result: fragments.FragmentedArray) -> fragments.FragmentedArray:
+                    simt.barrier_of(256)  # both warpgroups have read the last tokens, whose place it takes
+                    sums = simt.Pointer(ref, simt.SHARED)
+                    return in_wgmma_layout(add_halves(simt, sums, pairs_of(result)))
+
+                return run(x_tiles, result)
+
+            if halved:
+                row, token, step = place(0)
+                token += lax.axis_index("pair") * (width // 2)
+                write_tile((row, token, step), add(product(0, count)))
+                meet()  # none leaves while the other reads its sums
+            else:
+                shares = Shares(sums, ready, 0, lambda number: (number * cluster + rank) * 2 + group)
+                compute_pieces(schedule, block, shares, place, product, write_tile)
             plgpu.wait_smem_to_gmem(0)
 
     code_tile = (BLOCK, ROWS // 2) if transposed else (ROWS, BLOCK // 2)
-    scale_tile = (ROWS // BLOCK, BLOCK) if transposed else (1, ROWS)
     out_type = [jax.ShapeDtypeStruct((tokens, kept), jnp.bfloat16)]
-    if schedule.helpers:
-        out_type.append(
-            jax.ShapeDtypeStruct((schedule.shares * cluster * 2, _GROUP_ROWS * width), jnp.float32)
-        )
+    if shares_in_memory:
+        out_type.append(jax.ShapeDtypeStruct((shares_in_memory, _GROUP_ROWS * width), jnp.float32))
     run = plgpu.kernel(
         body,
         out_type=out_type,
-        grid=(schedule.blocks,),
+        grid=(tiles if halved else schedule.blocks,),
         grid_names=("block",),
         num_threads=3,
         thread_name="warpgroup",
@@ -226,19 +292,20 @@ def matmul(
                 plgpu.SMEM((stages, width, BLOCK), jnp.bfloat16, transforms=_TILED_SWIZZLE),
             ),
             plgpu.SMEM((stages, *code_tile), jnp.uint8, transforms=code_transforms),
-            plgpu.SMEM((stages, *scale_tile), jnp.float32),
+            plgpu.SMEM((stages, *tile_scales.tile), jnp.float32),
             plgpu.SMEM((_TABLE_WORDS,), jnp.float32),
+            tile_scales.table,
             plgpu.SMEM((2, 2, _PIECE, _GROUP_ROWS), jnp.bfloat16, transforms=_SWIZZLE),
             plgpu.Barrier(num_barriers=stages, num_arrivals=3),
             ring.free(),
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         kernel_name="nf4_matmul_transposed" if transposed else "nf4_matmul",
-        **({"cluster": (cluster,), "cluster_names": ("pair",)} if cluster > 1 else {}),
+        **({"cluster": (2,), "cluster_names": ("pair",)} if blocks_of_cluster > 1 else {}),
     )
 
-    def call(x: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Array:
-        inputs = (x, codes.reshape(out_features, in_features // 2), scales)
+    def call(x: jax.Array, codes: UInt8[Array, " bytes"], *scales: jax.Array) -> jax.Array:
+        inputs = (x, codes.reshape(out_features, in_features // 2), *scales)
         return varying_like(run(*inputs)[0], inputs)
 
     return call
