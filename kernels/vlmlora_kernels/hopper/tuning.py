@@ -164,11 +164,18 @@ OVERLAPPED_TOKENS = 1024
 """As many take as long with W decoded first as meanwhile; with twice as many, meanwhile is faster."""
 OVERLAPPED_ELEMENTS = 2**23
 """Of a weight with more; a smaller one gives too few tiles to decode W behind."""
+DECODED_FROM = 8192
+"""Tokens from which on W is decoded first if it has fewer than `OVERLAPPED_ALWAYS` elements: cuBLAS is faster
+then by about as much as decoding takes."""
+OVERLAPPED_ALWAYS = 2**25
 
 
 def is_overlapped_fastest(tokens: int, shape: tuple[int, int]) -> bool:
     """Whether to decode a weight of `shape` [out, in] while it is multiplied by so many tokens."""
-    return tokens > OVERLAPPED_TOKENS and math.prod(shape) > OVERLAPPED_ELEMENTS
+    elements = math.prod(shape)
+    if tokens >= DECODED_FROM and elements < OVERLAPPED_ALWAYS:
+        return False
+    return tokens > OVERLAPPED_TOKENS and elements > OVERLAPPED_ELEMENTS
 
 
 def many_tokens_row(tokens: int, shape: tuple[int, int], transposed: bool) -> ManyTokens:
