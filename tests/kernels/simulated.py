@@ -388,7 +388,9 @@ def run(
         get_global=lambda _: None,
         run_scoped=lambda function, _: function(Accumulator()),
     )
-    lax = Overlay(wgmma.lax, fori_loop=fori_loop, rem=lambda a, b: a % b, axis_index=axis_index)
+    lax = Overlay(
+        wgmma.lax, fori_loop=fori_loop, rem=lambda a, b: a % b, div=lambda a, b: a // b, axis_index=axis_index
+    )
     numbers = Overlay(wgmma.jnp, minimum=min, maximum=np.maximum, where=np.where, clip=np.clip)
     numbers.logical_not = np.logical_not
     with contextlib.ExitStack() as stack:

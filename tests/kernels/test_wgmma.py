@@ -162,6 +162,23 @@ def test_every_step_is_taken_once_and_every_sum_is_waited_for(tiles, steps, most
         assert max(counts) <= steps * -(-tiles // most_blocks), "no longer than without sharing"
 
 
+@pytest.mark.parametrize("how", schedule.SCHEDULES)
+def test_a_kernel_finds_the_same_places_as_python(how):
+    plan = schedule.SCHEDULES[how](80, 128, 132)
+    block = np.arange(plan.blocks, dtype=np.int32)
+    number, piece = np.int32(plan.longest // 2), np.int32(0)
+
+    def places(block, number, piece):
+        found = [plan.count(block), plan.pieces(block), plan.handed_over(block, piece)]
+        return [*found, *plan.position(block, number), *plan.piece(block, piece)]
+
+    found = jax.jit(places)(block, number, piece)
+    with mock.patch.object(schedule, "jnp", np):
+        expected = places(block, number, piece)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize(
     ("tiles", "steps", "expected"),
     [

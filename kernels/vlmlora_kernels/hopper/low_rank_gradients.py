@@ -125,12 +125,12 @@ def low_rank_gradients(
         arriving, tiles = tiles if interpret is None else (tiles, tiles)
         group = lax.axis_index("warpgroup")
         block = lax.axis_index("block")
-        own_jobs = (jobs - block + blocks - 1) // blocks
+        own_jobs = lax.div(jobs - block + blocks - 1, blocks)
 
         def place(job: Any) -> tuple:
             """Strip, range, first tile along the tokens and their number."""
             number = block + job * blocks
-            strip, part = lax.rem(number, cut.strips), number // cut.strips
+            strip, part = lax.rem(number, cut.strips), lax.div(number, cut.strips)
             first = part * cut.tiles_of_range
             return strip, part, first, lax.min(cut.tokens - first, cut.tiles_of_range)
 

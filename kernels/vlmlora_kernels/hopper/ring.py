@@ -81,7 +81,7 @@ class Ring:
 
         start_step(start)
         if takes_turns:
-            pairs = (end - start - 1) // 2
+            pairs = lax.div(end - start - 1, 2)
             rest = end - 2 * pairs
             lax.fori_loop(start + 1, rest, lambda step, _: one(step, 0), None)
             lax.fori_loop(0, pairs, lambda pair, _: two(rest + 2 * pair), None)

@@ -30,6 +30,19 @@ _LONG = 96  # steps of a tile, from which on it pays that blocks are at the same
 _MOST_SHARING = 4  # blocks; one of them adds the sums of the others, one after the other
 
 
+def quotient(a: Any, b: Any) -> Any:
+    """``a // b`` of integers of Python or of JAX, none of them negative.
+
+    That operator looks at signs, for which Pallas starts a compiler each time it is lowered (jax 0.11).
+    """
+    return lax.div(a, b) if isinstance(a, jax.Array) else a // b
+
+
+def remainder(a: Any, b: Any) -> Any:
+    """``a % b`` of the same."""
+    return lax.rem(a, b) if isinstance(a, jax.Array) else a % b
+
+
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """Which steps of which tiles each block of threads takes, in order.
@@ -150,13 +163,12 @@ class Schedule:
 
     def _helped(self, helper: Any) -> Any:
         """The first of the helpers' steps that one takes; those of the next one follow its own."""
-        return (
-            jnp.clip(helper, 0, self.helpers) * (self.rest * (self.steps - self.head)) // max(self.helpers, 1)
-        )
+        steps = jnp.clip(helper, 0, self.helpers) * (self.rest * (self.steps - self.head))
+        return quotient(steps, max(self.helpers, 1))
 
     def _helper(self, step: Any) -> Any:
         """Which helper takes one of their steps."""
-        return ((step + 1) * self.helpers - 1) // max(self.rest * (self.steps - self.head), 1)
+        return quotient((step + 1) * self.helpers - 1, max(self.rest * (self.steps - self.head), 1))
 
     def _line(self, block: Any) -> tuple:
         """What a block takes of the tiles that are not whole, in a line of heads or of what follows them: the
@@ -177,7 +189,7 @@ class Schedule:
     def pieces(self, block: Any) -> Any:
         """Of how many tiles these are."""
         first, end, length, _ = self._line(block)
-        return self.whole + pl.cdiv(end, length) - first // length
+        return self.whole + quotient(end + length - 1, length) - quotient(first, length)
 
     def position(self, block: Any, number: Any) -> tuple:
         """A block's step of this number: tile, and step of the tile."""
@@ -188,10 +200,10 @@ class Schedule:
         return (
             jnp.where(
                 is_whole,
-                number // self.steps * self.blocks + block,
-                self.whole * self.blocks + step // length,
+                quotient(number, self.steps) * self.blocks + block,
+                self.whole * self.blocks + quotient(step, length),
             ),
-            jnp.where(is_whole, number % self.steps, before + step % length),
+            jnp.where(is_whole, remainder(number, self.steps), before + remainder(step, length)),
         )
 
     def piece(self, block: Any, number: Any) -> tuple:
@@ -199,7 +211,7 @@ class Schedule:
         and ends with them."""
         first, end, length, before = self._line(block)
         is_whole = number < self.whole
-        start = (first // length + number - self.whole) * length
+        start = (quotient(first, length) + number - self.whole) * length
         stop = start + length
         own = self.whole * self.steps - first
         return (
@@ -212,13 +224,13 @@ class Schedule:
     def handed_over(self, block: Any, number: Any) -> Any:
         """The place of the sum of a block's piece of this number among those that are handed over."""
         first, _, length, _ = self._line(block)
-        return first // length + number - self.whole + block - self.heads
+        return quotient(first, length) + number - self.whole + block - self.heads
 
     def awaited(self, block: Any) -> tuple:
         """The places of the other sums of the tile of which `block` has the first steps and not the last: the
         first one, and the one after the last."""
         _, end, length, _ = self._line(block)
-        tile = (end - 1) // length
+        tile = quotient(end - 1, length)
         tail = self.steps - self.head
         helper = block - self.heads
         following = jnp.where(helper < 0, self._helper(tile * tail), helper + 1)

@@ -43,6 +43,8 @@ from vlmlora_kernels.hopper.schedule import (
     compute_pieces,
     in_wgmma_layout,
     pairs_of,
+    quotient,
+    remainder,
 )
 
 BLOCK = 64  # elements that share a scale, and the step along the summed axis
@@ -136,8 +138,8 @@ def matmul(
         def place(number: Any) -> tuple:
             """First row and first token of the tile of a block's step, and the step of the tile."""
             tile, step = schedule.position(block, number)
-            row_tile = tile // token_tiles * cluster + rank
-            return row_tile * ROWS, tile % token_tiles * width, step
+            row_tile = quotient(tile, token_tiles) * cluster + rank
+            return row_tile * ROWS, remainder(tile, token_tiles) * width, step
 
         @plgpu.inline_mgpu()
         def meet(_) -> None:
@@ -149,7 +151,7 @@ def matmul(
             slot = ring.of(step)
             ring.wait(free, step)
             if transposed:
-                code_part = (pl.ds(at * BLOCK, BLOCK), pl.ds(row // 2, ROWS // 2))
+                code_part = (pl.ds(at * BLOCK, BLOCK), pl.ds(quotient(row, 2), ROWS // 2))
             else:
                 code_part = (pl.ds(row, ROWS), pl.ds(at * (BLOCK // 2), BLOCK // 2))
             plgpu.copy_gmem_to_smem(codes.at[code_part], code_tiles.at[slot], full.at[slot])
@@ -162,7 +164,8 @@ def matmul(
 
         def load_scales(step: Any) -> jax.Array:
             row, _, at = place(jnp.minimum(step, count - 1))
-            return tile_scales.load(scales, *((at * BLOCK, row // BLOCK) if transposed else (row, at)))
+            first = (at * BLOCK, quotient(row, BLOCK)) if transposed else (row, at)
+            return tile_scales.load(scales, *first)
 
         @pl.when(group == 2)
         def load() -> None:
