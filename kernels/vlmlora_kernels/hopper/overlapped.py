@@ -40,7 +40,7 @@ from vlmlora_kernels.hopper.dequantize import (
 )
 from vlmlora_kernels.hopper.launch import MULTIPROCESSORS, varying_like
 from vlmlora_kernels.hopper.ring import Ring
-from vlmlora_kernels.hopper.schedule import Schedule, Shares, compute_pieces, quotient, remainder
+from vlmlora_kernels.hopper.schedule import Schedule, Shares, compute_pieces
 
 STEP = 64  # along the summed axis
 BAND = 256  # rows of W, or columns, that a tile takes
@@ -177,10 +177,10 @@ def matmul(
         def place(step: Any) -> tuple:
             """Band and first token of the cluster's tile at a block's step, and the step of the tile."""
             tile, at = schedule.position(block, step)
-            first_band = quotient(tile, together * token_tiles) * together
-            tile = remainder(tile, together * token_tiles)
+            first_band = lax.div(tile, together * token_tiles) * together
+            tile = lax.rem(tile, together * token_tiles)
             width = jnp.minimum(together, bands - first_band)
-            return first_band + remainder(tile, width), quotient(tile, width) * (TOKENS * _CLUSTER), at
+            return first_band + lax.rem(tile, width), lax.div(tile, width) * (TOKENS * _CLUSTER), at
 
         def load() -> None:
             def wait_for_chunk(band: Any, number: Any) -> None:
@@ -221,7 +221,7 @@ def matmul(
                     @pl.when((step == start) | (lax.rem(at, parts.chunk_steps) == 0))
                     def next_chunk() -> None:
                         pl.when(jnp.logical_not(is_decoded))(
-                            lambda: wait_for_chunk(band, quotient(at, parts.chunk_steps))
+                            lambda: wait_for_chunk(band, lax.div(at, parts.chunk_steps))
                         )
 
                     part = (pl.ds(band * BAND, BAND), pl.ds(at * STEP, STEP))

@@ -30,7 +30,7 @@ _LONG = 96  # steps of a tile, from which on it pays that blocks are at the same
 _MOST_SHARING = 4  # blocks; one of them adds the sums of the others, one after the other
 
 
-def quotient(a: Any, b: Any) -> Any:
+def _quotient(a: Any, b: Any) -> Any:
     """``a // b`` of integers of Python or of JAX, none of them negative.
 
     That operator looks at signs, for which Pallas starts a compiler each time it is lowered (jax 0.11).
@@ -38,7 +38,7 @@ def quotient(a: Any, b: Any) -> Any:
     return lax.div(a, b) if isinstance(a, jax.Array) else a // b
 
 
-def remainder(a: Any, b: Any) -> Any:
+def _remainder(a: Any, b: Any) -> Any:
     """``a % b`` of the same."""
     return lax.rem(a, b) if isinstance(a, jax.Array) else a % b
 
@@ -164,11 +164,11 @@ class Schedule:
     def _helped(self, helper: Any) -> Any:
         """The first of the helpers' steps that one takes; those of the next one follow its own."""
         steps = jnp.clip(helper, 0, self.helpers) * (self.rest * (self.steps - self.head))
-        return quotient(steps, max(self.helpers, 1))
+        return _quotient(steps, max(self.helpers, 1))
 
     def _helper(self, step: Any) -> Any:
         """Which helper takes one of their steps."""
-        return quotient((step + 1) * self.helpers - 1, max(self.rest * (self.steps - self.head), 1))
+        return _quotient((step + 1) * self.helpers - 1, max(self.rest * (self.steps - self.head), 1))
 
     def _line(self, block: Any) -> tuple:
         """What a block takes of the tiles that are not whole, in a line of heads or of what follows them: the
@@ -189,7 +189,7 @@ class Schedule:
     def pieces(self, block: Any) -> Any:
         """Of how many tiles these are."""
         first, end, length, _ = self._line(block)
-        return self.whole + quotient(end + length - 1, length) - quotient(first, length)
+        return self.whole + _quotient(end + length - 1, length) - _quotient(first, length)
 
     def position(self, block: Any, number: Any) -> tuple:
         """A block's step of this number: tile, and step of the tile."""
@@ -200,10 +200,10 @@ class Schedule:
         return (
             jnp.where(
                 is_whole,
-                quotient(number, self.steps) * self.blocks + block,
-                self.whole * self.blocks + quotient(step, length),
+                _quotient(number, self.steps) * self.blocks + block,
+                self.whole * self.blocks + _quotient(step, length),
             ),
-            jnp.where(is_whole, remainder(number, self.steps), before + remainder(step, length)),
+            jnp.where(is_whole, _remainder(number, self.steps), before + _remainder(step, length)),
         )
 
     def piece(self, block: Any, number: Any) -> tuple:
@@ -211,7 +211,7 @@ class Schedule:
         and ends with them."""
         first, end, length, before = self._line(block)
         is_whole = number < self.whole
-        start = (quotient(first, length) + number - self.whole) * length
+        start = (_quotient(first, length) + number - self.whole) * length
         stop = start + length
         own = self.whole * self.steps - first
         return (
@@ -224,13 +224,13 @@ class Schedule:
     def handed_over(self, block: Any, number: Any) -> Any:
         """The place of the sum of a block's piece of this number among those that are handed over."""
         first, _, length, _ = self._line(block)
-        return quotient(first, length) + number - self.whole + block - self.heads
+        return _quotient(first, length) + number - self.whole + block - self.heads
 
     def awaited(self, block: Any) -> tuple:
         """The places of the other sums of the tile of which `block` has the first steps and not the last: the
         first one, and the one after the last."""
         _, end, length, _ = self._line(block)
-        tile = quotient(end - 1, length)
+        tile = _quotient(end - 1, length)
         tail = self.steps - self.head
         helper = block - self.heads
         following = jnp.where(helper < 0, self._helper(tile * tail), helper + 1)

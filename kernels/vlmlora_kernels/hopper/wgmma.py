@@ -43,8 +43,6 @@ from vlmlora_kernels.hopper.schedule import (
     compute_pieces,
     in_wgmma_layout,
     pairs_of,
-    quotient,
-    remainder,
 )
 
 BLOCK = 64  # elements that share a scale, and the step along the summed axis
@@ -126,10 +124,11 @@ def matmul(
         x_tiles, x_operands = x_views
         group = lax.axis_index("warpgroup")
         rank = lax.axis_index("pair") if cluster > 1 else 0
-        # Blocks start in the order of their numbers: none waits for one that starts later.
-        block = schedule.blocks - 1 - lax.axis_index("block")
         if halved:
             block = 2 * lax.axis_index("block") + lax.axis_index("pair")
+        else:
+            # Blocks start in the order of their numbers: none waits for one that starts later.
+            block = schedule.blocks - 1 - lax.axis_index("block")
         count = schedule.count(block)
         ready = None
         if shares_in_memory:
@@ -138,8 +137,8 @@ def matmul(
         def place(number: Any) -> tuple:
             """First row and first token of the tile of a block's step, and the step of the tile."""
             tile, step = schedule.position(block, number)
-            row_tile = quotient(tile, token_tiles) * cluster + rank
-            return row_tile * ROWS, remainder(tile, token_tiles) * width, step
+            row_tile = lax.div(tile, token_tiles) * cluster + rank
+            return row_tile * ROWS, lax.rem(tile, token_tiles) * width, step
 
         @plgpu.inline_mgpu()
         def meet(_) -> None:
@@ -151,7 +150,7 @@ def matmul(
             slot = ring.of(step)
             ring.wait(free, step)
             if transposed:
-                code_part = (pl.ds(at * BLOCK, BLOCK), pl.ds(quotient(row, 2), ROWS // 2))
+                code_part = (pl.ds(at * BLOCK, BLOCK), pl.ds(lax.div(row, 2), ROWS // 2))
             else:
                 code_part = (pl.ds(row, ROWS), pl.ds(at * (BLOCK // 2), BLOCK // 2))
             plgpu.copy_gmem_to_smem(codes.at[code_part], code_tiles.at[slot], full.at[slot])
@@ -164,7 +163,7 @@ def matmul(
 
         def load_scales(step: Any) -> jax.Array:
             row, _, at = place(jnp.minimum(step, count - 1))
-            first = (at * BLOCK, quotient(row, BLOCK)) if transposed else (row, at)
+            first = (at * BLOCK, lax.div(row, BLOCK)) if transposed else (row, at)
             return tile_scales.load(scales, *first)
 
         @pl.when(group == 2)
