@@ -76,6 +76,7 @@ MANY_SWEPT_SHAPES = [
     (512, 3584),
     (1024, 8192),
     (3584, 3584),
+    (4096, 4096),
     (5120, 5120),
     (4096, 14336),
     (3584, 18944),
@@ -620,28 +621,40 @@ def sweep_many(shapes: list[Shape], counts: list[int], options: dict) -> tuple[l
             if row is not None and is_right:
                 times = found[count].setdefault(row, {})
                 times[shape, transposed] = us, min(decode, others[0])
-    lines = ["MANY_TOKENS = ("]
-    lines += [f"    {_as_code(row)}," for times in found.values() for row in _halved_where_faster(times)]
+    lines: list[str] = []
+    halved_lines: list[str] = []  # which come first, since they are for some of the weights
     for times in found.values():
-        limited = [pair for row in times if (pair := _where_faster(row, times, shapes))]
+        plain = [row for row in times if not row.halved]
+        halved = [
+            pair for row in times if row.halved and (pair := _where_faster(row, times, shapes, beside=plain))
+        ]
+        limited = [pair for row in plain if (pair := _where_faster(row, times, shapes))]
+        if halved:
+            halved_lines.append(f"    {_as_code(_fewest(halved))},")
         if not limited:
             break
-        best = _with_pairs(min(limited, key=lambda pair: pair[0])[1], times)
-        lines.append(f"    {_as_code(best)},")
-    return rows, "\n".join([*lines, ")"])
+        lines.append(f"    {_as_code(_with_pairs(_fewest(limited), times))},")
+    return rows, "\n".join(["MANY_TOKENS = (", *halved_lines, *lines, ")"])
+
+
+def _fewest(limited: list[tuple[float, tuning.ManyTokens]]) -> tuning.ManyTokens:
+    """The row that takes the least, of those that `_where_faster` found."""
+    return min(limited, key=lambda pair: pair[0])[1]
 
 
 def _where_faster(
-    row: tuning.ManyTokens, times: ManyTimes, shapes: list[Shape]
+    row: tuning.ManyTokens, times: ManyTimes, shapes: list[Shape], *, beside: Iterable[tuning.ManyTokens] = ()
 ) -> tuple[float, tuning.ManyTokens] | None:
-    """Times of a row, by elements of the weight, as parts of those of the best other way: their sum where the
-    row is faster both ways together, with 1 for others, and the row with the fewest elements for which it is;
-    None if that is so of no weight, or results were wrong."""
-    if len(times[row]) < 2 * len(shapes):
+    """Times of a row, by elements of the weight, as parts of those of the best other way, and of the rows
+    `beside`: their sum where the row is faster both ways together, with 1 for others, and the row with the
+    fewest elements for which it is; None if that is so of no weight, or results were wrong."""
+    keys = [(shape, way) for shape in shapes for way in (False, True) if row.takes(row.tokens, shape, way)]
+    if not keys or times[row].keys() != set(keys):
         return None
     parts: dict[int, list[float]] = {}
-    for (shape, _), (us, other) in times[row].items():
-        parts.setdefault(math.prod(shape), []).append(us / other)
+    for key, (us, other) in times[row].items():
+        best = min([other, *(times[each][key][0] for each in beside if key in times[each])])
+        parts.setdefault(math.prod(key[0]), []).append(us / best)
     sizes = sorted(parts, reverse=True)
     means = [statistics.mean(parts[size]) for size in sizes]
     faster = list(itertools.takewhile(lambda mean: mean < 1, means))
@@ -649,20 +662,6 @@ def _where_faster(
         return None
     elements = _power_below(sizes[len(faster) - 1])
     return sum(faster) + len(means) - len(faster), dataclasses.replace(row, elements=elements)
-
-
-def _halved_where_faster(times: ManyTimes) -> list[tuning.ManyTokens]:
-    """The rows whose tiles two blocks share, if such a one is faster than all else on average."""
-    faster = []
-    for row in (row for row in times if row.halved):
-        parts = [
-            us / min(other, *(found[key][0] for each, found in times.items() if each != row and key in found))
-            for key, (us, other) in times[row].items()
-        ]
-        if statistics.mean(parts) < 1:
-            elements = _power_below(min(math.prod(shape) for shape, _ in times[row]))
-            faster.append(dataclasses.replace(row, elements=elements))
-    return faster
 
 
 def _with_pairs(row: tuning.ManyTokens, times: ManyTimes) -> tuning.ManyTokens:
