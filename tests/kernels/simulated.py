@@ -74,6 +74,13 @@ class Scheduler:
         if self.error:
             raise Stopped
 
+    def wait_for(self, barrier: "Barrier", doing: str) -> None:
+        """Wait for the next phase of a barrier, of which an agent knows the parity."""
+        parities = self.agent.parities
+        parity = parities.get(id(barrier), 0)
+        parities[id(barrier)] = parity ^ 1
+        self.wait(lambda: barrier.phase & 1 != parity, doing)
+
     def run(self, agents: list[Agent], body: Callable) -> None:
         running = set(range(len(agents)))
 
@@ -219,10 +226,7 @@ def run(
 
     def barrier_wait(at: At) -> None:
         (barriers, _), slot = at.ref[me().rank], at.index
-        parities, barrier = me().parities, barriers[slot]
-        parity = parities.get(id(barrier), 0)
-        parities[id(barrier)] = parity ^ 1
-        scheduler.wait(lambda: barrier.phase & 1 != parity, f"waits for slot {slot}, phase {barrier.phase}")
+        scheduler.wait_for(barriers[slot], f"waits for slot {slot}, phase {barriers[slot].phase}")
 
     def barrier_arrive(at: At) -> None:
         own = at.ref[me().rank]
@@ -295,9 +299,10 @@ def run(
         needed = -(-len(arrived) // count) * count
         scheduler.wait(lambda: len(arrived) >= needed, f"meets others at {who}")
 
-    def add_halves(_: Any, result: Sum) -> Sum:
+    def add_halves(tokens: Slots, result: Sum) -> Sum:
         agent = me()
         meet(("both", agent.block, agent.rank), 2)
+        assert not any(tokens.readers.values()), "sums in the place of tokens that a product reads"
         sums[agent.block, agent.rank, agent.group] = result
         meet(("cluster", agent.block), 6)
         half = tuning.tokens // 2

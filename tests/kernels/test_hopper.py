@@ -29,7 +29,8 @@ from vlmlora_kernels import (
 from vlmlora_kernels.hopper.dequantize import Tuning as DecodeTuning
 from vlmlora_kernels.hopper.dequantize import dequantize
 from vlmlora_kernels.hopper.matvec import EightBit, FourBit, Tuning, matmul
-from vlmlora_kernels.hopper.tuning import FUSED_TOKENS, many_tokens_row, matvec_tuning
+from vlmlora_kernels.hopper.tuning import FUSED_TOKENS, MANY_TOKENS, many_tokens_row, matvec_tuning
+from vlmlora_kernels.lowering import many_tokens
 
 H100 = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu"))
 
@@ -290,6 +291,27 @@ def test_two_blocks_share_a_tile_where_all_together_fill_the_card(tokens, shape,
     tuning = many_tokens_row(tokens, shape, transposed).tuning(shape[0 if transposed else 1])
     assert tuning.halved == (width is not None)
     assert width in (None, tuning.tokens)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("row", MANY_TOKENS, ids=str)
+def test_every_row_of_the_table_of_many_tokens_is_lowered_for_an_h100(row, transposed):
+    shape = (2**14, 2**14) if row.paired else (4096, 4096)
+    assert row.takes(row.tokens, shape, transposed)
+    size, width = shape[0] * shape[1], shape[0 if transposed else 1]
+    arguments = [
+        jax.ShapeDtypeStruct((row.tokens, width), jnp.bfloat16),
+        jax.ShapeDtypeStruct((size // 2,), jnp.uint8),
+        jax.ShapeDtypeStruct((size // 64,), jnp.uint8),
+        jax.ShapeDtypeStruct((size // 2**14,), jnp.float32),
+        jax.ShapeDtypeStruct((256,), jnp.float32),
+        jax.ShapeDtypeStruct((), jnp.float32),
+    ]
+    product = many_tokens(CODE_BOOKS["nf4"], shape, transposed=transposed, row=row)
+    with jax.sharding.use_abstract_mesh(H100):
+        text = jax.jit(product).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert "nf4_matmul" in text
+    assert ("nf4_matmul_transposed" in text) == transposed
 
 
 CASES = [

@@ -1,5 +1,7 @@
 """Whatever the order in which warpgroups run, the fused product of many tokens ends with every step added."""
 
+import contextlib
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -58,3 +60,28 @@ def test_a_slot_that_is_let_go_of_too_early_is_found():
             simulated.run(
                 tokens=256, shape=(128, 64 * 9), transposed=False, tuning=Tuning(), blocks=2, seed=0
             )
+
+
+def test_who_is_left_behind_by_two_phases_waits_for_ever():
+    def run(seed, laps):
+        """One completes phases without a look at the other, who waits for each."""
+        scheduler, barrier = simulated.Scheduler(seed), simulated.Barrier(1)
+
+        def body(agent):
+            for _ in range(laps):
+                if agent.group == 0:
+                    barrier.change(1, 0)
+                    scheduler.wait(lambda: True, "goes on")
+                else:
+                    scheduler.wait_for(barrier, "waits for a phase")
+
+        scheduler.run([simulated.Agent(0, 0, 0), simulated.Agent(0, 0, 1)], body)
+
+    def hangs(seed, laps):
+        with contextlib.suppress(AssertionError):
+            run(seed, laps)
+            return False
+        return True
+
+    assert not any(hangs(seed, laps=1) for seed in range(20))
+    assert any(hangs(seed, laps=2) for seed in range(20))
