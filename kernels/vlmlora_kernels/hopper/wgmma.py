@@ -170,20 +170,31 @@ def matmul(
         def load() -> None:
             plgpu.set_max_registers(40, action="decrease")
             # What comes from memory at first is all on its way before any of it is waited for.
-            ahead = tuple(load_scales(step) for step in range(_AHEAD))
+            ahead = [load_scales(step) for step in range(_AHEAD)]
             offset = tile_scales.load_offset(scales)
             filled = jnp.minimum(count, stages)
             lax.fori_loop(0, filled, lambda step, _: copy(step), None)
             tile_scales.fill_table(scale_table, scales)
 
-            def one(step: Any, ahead: tuple) -> tuple:
-                following = load_scales(step + _AHEAD)
-                pl.when(step >= filled)(lambda: copy(step))
-                tile_scales.write(scale_table, scale_tiles.at[ring.of(step)], ahead[0], offset)
-                plgpu.barrier_arrive(full.at[ring.of(step)])
-                return (*ahead[1:], following)
+            def some(number: Any, ahead: list) -> list:
+                """As many steps as there are loads ahead, each of which loads into the registers it has read.
 
-            lax.fori_loop(0, count, one, ahead)
+                In a loop of single steps they would move from there to others, and that waits for them.
+                """
+                following = []
+                for i, raw in enumerate(ahead):
+                    step = number * _AHEAD + i
+
+                    @pl.when(step < count)
+                    def one(step: Any = step, raw: jax.Array = raw) -> None:
+                        pl.when(step >= filled)(lambda: copy(step))
+                        tile_scales.write(scale_table, scale_tiles.at[ring.of(step)], raw, offset)
+                        plgpu.barrier_arrive(full.at[ring.of(step)])
+
+                    following.append(load_scales(step + _AHEAD))
+                return following
+
+            lax.fori_loop(0, lax.div(count + _AHEAD - 1, _AHEAD), some, ahead)
             ring.leave(free, count)
             if halved:
                 meet()  # as often as those who multiply
