@@ -559,10 +559,16 @@ def many_candidates(tokens: int) -> list[tuning.ManyTokens]:
     return list(dict.fromkeys([*tried, *now]))
 
 
-def sweep_many(shapes: list[Shape], counts: list[int], options: dict) -> tuple[list[Row], str]:
+def sweep_many(
+    shapes: list[Shape],
+    counts: list[int],
+    options: dict,
+    *,
+    keep: Callable[[list[Row]], None] = lambda rows: None,
+) -> tuple[list[Row], str]:
     """Times of the fused product of many tokens with several tiles, both ways, beside cuBLAS alone and after
     decoding and the product that decodes meanwhile, each checked against decoding; and the table of the best,
-    as far as they beat the other two."""
+    as far as they beat the other two. After each number of tokens it calls `keep` with what there is."""
     book = CODE_BOOKS["nf4"]
 
     def dense(w: jax.Array, transposed: bool) -> jax.Array:
@@ -590,18 +596,15 @@ def sweep_many(shapes: list[Shape], counts: list[int], options: dict) -> tuple[l
         found = random_operands(shape, count)
         return [found[name] for name in ("dy" if transposed else "x", "codes", "scales", "dense")]
 
-    keys = [
-        (shape, count, transposed) for count in counts for shape in shapes for transposed in (False, True)
-    ]
-    programs = compile_all((key, job(*key)) for key in keys)
     buffer = jnp.zeros((_EVICTED_BYTES // 4,), jnp.int32)
     rows: list[Row] = []
     found: dict[int, ManyTimes] = {count: {} for count in counts}
-    for (shape, count, transposed), program in programs.items():
+
+    def measured(shape: Shape, count: int, transposed: bool, program: Any) -> None:
         name = {"shape": list(shape), "tokens": count, "what": "dy @ W" if transposed else "x @ W.T"}
         if isinstance(program, Exception):
             print("failed:", name, program, flush=True)
-            continue
+            return
         arrays = jax.tree.map(jnp.asarray, operands(shape, count, transposed))
         results = [result.astype(jnp.float32) for _, result in program(buffer, arrays)]
         cublas, decode, *others = times_us(program, buffer, arrays, len(results), 3)
@@ -621,6 +624,15 @@ def sweep_many(shapes: list[Shape], counts: list[int], options: dict) -> tuple[l
             if row is not None and is_right:
                 times = found[count].setdefault(row, {})
                 times[shape, transposed] = us, min(decode, others[0])
+
+    for count in counts:
+        start = time.time()
+        keys = [(shape, count, transposed) for shape in shapes for transposed in (False, True)]
+        programs = compile_all((key, job(*key)) for key in keys)
+        print(f"{count} tokens: {len(programs)} programs compiled in {time.time() - start:.0f} s", flush=True)
+        for key, program in programs.items():
+            measured(*key, program)
+        keep(rows)
     lines: list[str] = []
     halved_lines: list[str] = []  # which come first, since they are for some of the weights
     for times in found.values():
@@ -767,7 +779,11 @@ def main() -> None:
         if given.sweep:
             result["rows"], chosen = sweep(shapes, options)
         else:
-            result["rows"], chosen = sweep_many(shapes, given.tokens or MANY_SWEPT, options)
+
+            def keep(rows: list[Row]) -> None:
+                save(given.out, result | {"rows": rows})
+
+            result["rows"], chosen = sweep_many(shapes, given.tokens or MANY_SWEPT, options, keep=keep)
         save(given.out, result)
         print(f"\n{chosen}")
     else:

@@ -1,6 +1,7 @@
 """The kernels' benchmark without a GPU: what it would run, and what it makes of a profiler's answers."""
 
 import dataclasses
+import itertools
 import json
 
 import jax
@@ -153,7 +154,10 @@ def test_the_sweep_of_many_tokens_stops_where_decoding_is_faster_and_sees_wrong_
     counts_of: dict = {}
     monkeypatch.setattr(bench, "compile_all", programs)
     monkeypatch.setattr(bench, "times_us", times)
-    rows, text = bench.sweep_many([(96, 256)], counts, {})
+    kept = []
+    rows, text = bench.sweep_many([(96, 256)], counts, {}, keep=lambda rows: kept.append(len(rows)))
+    # Both ways, cuBLAS alone, after decoding, and decoding meanwhile.
+    assert kept == list(itertools.accumulate(2 * (3 + len(tried[count])) for count in counts))
     scope: dict = {}
     exec(text, {"ManyTokens": tuning.ManyTokens}, scope)
     # In pairs whatever the length, of which 96 is the shortest.
