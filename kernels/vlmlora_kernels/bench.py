@@ -600,7 +600,7 @@ def sweep_many(
     rows: list[Row] = []
     found: dict[int, ManyTimes] = {count: {} for count in counts}
 
-    def measured(shape: Shape, count: int, transposed: bool, program: Any) -> None:
+    def time_forms(shape: Shape, count: int, transposed: bool, program: Any) -> None:
         name = {"shape": list(shape), "tokens": count, "what": "dy @ W" if transposed else "x @ W.T"}
         if isinstance(program, Exception):
             print("failed:", name, program, flush=True)
@@ -611,8 +611,8 @@ def sweep_many(
         rows.append(name | {"who": "bf16", "us": round(cublas, 2)})
         rows.append(name | {"who": "decode", "us": round(decode, 2)})
         print(*name.values(), f"bf16 {cublas:.1f}, decode {decode:.1f} ({cublas / decode:.3f})", flush=True)
-        known = (None, *tried(shape, count, transposed))
-        for row, us, result in zip(known, others, results[2:], strict=True):
+        forms = (None, *tried(shape, count, transposed))
+        for row, us, result in zip(forms, others, results[2:], strict=True):
             error = float(jnp.max(jnp.abs(result - results[1])) / jnp.max(jnp.abs(results[1])))
             is_right = error < 2**-6
             which = (
@@ -631,7 +631,7 @@ def sweep_many(
         programs = compile_all((key, job(*key)) for key in keys)
         print(f"{count} tokens: {len(programs)} programs compiled in {time.time() - start:.0f} s", flush=True)
         for key, program in programs.items():
-            measured(*key, program)
+            time_forms(*key, program)
         keep(rows)
     lines: list[str] = []
     halved_lines: list[str] = []  # which come first, since they are for some of the weights

@@ -26,6 +26,7 @@ from vlmlora_kernels import (
     matmul_4bit,
     matmul_int8,
 )
+from vlmlora_kernels.hopper import tuning as tuning_table
 from vlmlora_kernels.hopper.dequantize import Tuning as DecodeTuning
 from vlmlora_kernels.hopper.dequantize import dequantize
 from vlmlora_kernels.hopper.matvec import EightBit, FourBit, Tuning, matmul
@@ -291,6 +292,13 @@ def test_two_blocks_share_a_tile_where_all_together_fill_the_card(tokens, shape,
     tuning = many_tokens_row(tokens, shape, transposed).tuning(shape[0 if transposed else 1])
     assert tuning.halved == (width is not None)
     assert width in (None, tuning.tokens)
+
+
+def test_a_row_for_some_weights_does_not_have_others_multiplied_without_decoding(monkeypatch):
+    halved = tuning_table.ManyTokens(512, width=256, stages=4, halved=True, elements=2**20)
+    assert not halved.takes(512, (512, 3584), False)
+    monkeypatch.setattr(tuning_table, "MANY_TOKENS", (halved, *MANY_TOKENS))
+    assert tuning_table.most_fused_tokens("nf4", (512, 3584)) == FUSED_TOKENS
 
 
 @pytest.mark.parametrize("transposed", [False, True])

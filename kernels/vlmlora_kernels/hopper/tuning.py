@@ -127,7 +127,7 @@ class ManyTokens:
     elements: int = 0
 
     def takes(self, tokens: int, shape: tuple[int, int], transposed: bool) -> bool:
-        """Whether this row is for a product of so many tokens and a weight of `shape` [out, in]."""
+        """Whether this row's tile suits so many tokens and `shape` [out, in], whatever its elements."""
         summed, kept = shape if transposed else shape[::-1]
         tiles = -(-kept // wgmma.ROWS) * -(-tokens // self.width)
         fits = 3 * tiles > MULTIPROCESSORS and 2 * tiles <= MULTIPROCESSORS
@@ -156,7 +156,8 @@ it or meanwhile; the first that takes a product is the one."""
 
 def most_fused_tokens(kind: str, shape: tuple[int, int]) -> int:
     """Up to how many tokens a fused product is the fastest, forward and backward."""
-    rows = [] if kind == "int8" else MANY_TOKENS
+    # Rows with halves take only some of the weights; the others say how far the product is the fastest.
+    rows = [] if kind == "int8" else [row for row in MANY_TOKENS if not row.halved]
     return max((row.tokens for row in rows if math.prod(shape) >= row.elements), default=FUSED_TOKENS)
 
 
